@@ -1,0 +1,106 @@
+// attention: each query head over the visible keys of its sequence, with a learned sink.
+//
+//   s_j      = q . k_j / sqrt(DH)          j <= position, and position - j < WINDOW
+//   a[t,h]   = sum_j e^(s_j - m) v_j / (e^(sink_h - m) + sum_j e^(s_j - m)),    m = max(sink_h, max_j s_j)
+//
+// grid      H x T workgroups, one per query head and row
+// in        rows    Row   [T]
+//           qkv     f32   [T, (H + 2 HK) DH]       rotated queries first
+//           keys    slot  [S, CAPACITY, HK DH]     row `position mod CAPACITY`
+//           values  slot  [S, CAPACITY, HK DH]
+//           sinks   bf16  [H]
+// out       a       f32   [T, H DH]
+// override  H, HK, DH, CAPACITY, WINDOW            WINDOW 0: every earlier key is visible
+// slots     cache
+// requires  DH a multiple of 4 and at most 256; H a multiple of HK
+// twin      src/ops/attention.rs
+//
+// Keys come in tiles of 64 counted from the first visible one, so the order of every sum follows from the position
+// alone. Each lane scores one key of the tile, then owns up to four of the DH outputs.
+#import row
+#import cache
+#import exp
+#import bf16
+override H: u32;
+override HK: u32;
+override DH: u32;
+override CAPACITY: u32;
+override WINDOW: u32;
+const WG = 64u;
+const OWN = 4u;
+@group(0) @binding(0) var<storage, read> rows: array<Row>;
+@group(0) @binding(1) var<storage, read> qkv: array<vec4<f32>>;
+@group(0) @binding(4) var<storage, read> sinks: array<u32>;
+@group(0) @binding(5) var<storage, read_write> a: array<f32>;
+
+var<workgroup> scores: array<f32, WG>;
+
+@compute @workgroup_size(WG)
+fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) lane: u32) {
+    let h = group.x;
+    let t = group.y;
+    let row = rows[t];
+    let kv_head = h / (H / HK);
+    let q = (t * (H + 2u * HK) + h) * (DH / 4u);
+    let base = row.sequence * CAPACITY;
+    let end = row.position + 1u;
+    var start = 0u;
+    if WINDOW > 0u && end > WINDOW {
+        start = end - WINDOW;
+    }
+    // The sink opens the online softmax: weight e^(sink - m) = 1, no value.
+    var m = bf16_pick(sinks[h / 2u], h);
+    var total = 1.0;
+    var sums: array<f32, OWN>;
+    for (var tile = start; tile < end; tile += WG) {
+        let j = tile + lane;
+        var score = -3.0e38; // keys past the end weigh e^-inf = 0
+        if j < end {
+            let k = ((base + j % CAPACITY) * HK + kv_head) * DH;
+            var dot = 0.0;
+            for (var i = 0u; i < DH / 4u; i++) {
+                let qi = qkv[q + i];
+                let ki = key4(k + i * 4u);
+                dot = fma(qi.x, ki.x, dot);
+                dot = fma(qi.y, ki.y, dot);
+                dot = fma(qi.z, ki.z, dot);
+                dot = fma(qi.w, ki.w, dot);
+            }
+            score = dot / sqrt(f32(DH));
+        }
+        scores[lane] = score;
+        workgroupBarrier(); // all scores of the tile are there
+        var tile_m = m;
+        for (var i = 0u; i < WG; i++) {
+            tile_m = max(tile_m, scores[i]);
+        }
+        workgroupBarrier(); // all lanes have read the scores before they become weights
+        scores[lane] = exp_f32(score - tile_m);
+        workgroupBarrier(); // all weights are there
+        let shrink = exp_f32(m - tile_m);
+        m = tile_m;
+        total *= shrink;
+        for (var own = 0u; own < OWN; own++) {
+            sums[own] *= shrink;
+        }
+        let in_tile = min(WG, end - tile);
+        for (var i = 0u; i < in_tile; i++) {
+            let weight = scores[i];
+            total += weight;
+            let v = ((base + (tile + i) % CAPACITY) * HK + kv_head) * DH;
+            for (var own = 0u; own < OWN; own++) {
+                let d = own * WG + lane;
+                if d < DH {
+                    sums[own] = fma(weight, value(v + d), sums[own]);
+                }
+            }
+        }
+        workgroupBarrier(); // all lanes are done with the weights before the next tile's scores
+    }
+    for (var own = 0u; own < OWN; own++) {
+        let d = own * WG + lane;
+        if d < DH {
+            a[(t * H + h) * DH + d] = sums[own] / total;
+        }
+    }
+}

@@ -1,0 +1,2 @@
+// Fills slot `tile`: one token a workgroup, for decode.
+const TOKENS = 1u;

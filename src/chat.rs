@@ -1,0 +1,188 @@
+//! A conversation: messages in, pieces of text out, the cache reused from turn to turn.
+
+use crate::engine::Session;
+use crate::error::Result;
+use crate::reply::{Reply, ReplyOptions, Stats};
+use crate::sampler::StopStrings;
+use crate::tokenizer::harmony::{Channel, Event, HarmonyParser};
+use crate::tokenizer::{ChatOptions, Message};
+use std::collections::VecDeque;
+
+/// A session with the messages that were exchanged in it.
+#[derive(Debug)]
+pub struct Chat {
+    session: Session,
+    messages: Vec<Message>,
+    options: ChatOptions,
+}
+
+/// A piece of an answer.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Piece {
+    /// Which channel it belongs to; [`Channel::Final`] where the model has none.
+    pub channel: Channel,
+    /// Whole characters.
+    pub text: String,
+}
+
+impl Chat {
+    /// An empty conversation. Fails if the checkpoint has no chat format.
+    pub fn new(session: Session, options: ChatOptions) -> Result<Self> {
+        session.engine().chat_format()?;
+        Ok(Self { session, messages: Vec::new(), options })
+    }
+
+    /// The messages so far.
+    pub fn messages(&self) -> &[Message] {
+        &self.messages
+    }
+
+    /// Put a message into the conversation without answering it (`system`, or an earlier exchange).
+    pub fn push(&mut self, message: Message) {
+        self.messages.push(message);
+    }
+
+    /// Forget all messages but the leading system ones.
+    pub fn clear(&mut self) {
+        let kept = self.messages.iter().take_while(|m| m.role == "system" || m.role == "developer").count();
+        self.messages.truncate(kept);
+    }
+
+    /// The session underneath.
+    pub fn session(&self) -> &Session {
+        &self.session
+    }
+
+    /// Answer a user's message. When the answer is dropped or has ended, what was said of it joins the conversation.
+    /// On an error here the message is not part of the conversation.
+    pub fn ask(&mut self, text: &str, options: &ReplyOptions) -> Result<Answer<'_>> {
+        self.messages.push(Message::new("user", text));
+        let engine = self.session.engine().clone();
+        let prompt = engine
+            .tokenizer()
+            .and_then(|tokenizer| engine.chat_format()?.prompt(tokenizer, &self.messages, &self.options));
+        // Stop strings belong to the answer's text, not to headers and channels: they are looked for there.
+        let (stops, options) = (options.stop.clone(), ReplyOptions { stop: Vec::new(), ..options.clone() });
+        let reply = prompt.and_then(|prompt| self.session.reply(&prompt, &options));
+        let reply = match reply {
+            Ok(reply) => reply,
+            Err(e) => {
+                self.messages.pop();
+                return Err(e);
+            }
+        };
+        let tokenizer = engine.tokenizer()?;
+        let harmony = ["<|start|>", "<|channel|>", "<|message|>"];
+        let harmony = harmony.iter().all(|t| tokenizer.token_id(t).is_some_and(|id| tokenizer.is_special(id)));
+        let parser = harmony.then(|| HarmonyParser::new(tokenizer));
+        Ok(Answer {
+            reply,
+            parser,
+            stops: StopStrings::new(stops),
+            messages: &mut self.messages,
+            said: Message::new("assistant", ""),
+            ready: VecDeque::new(),
+            over: false,
+        })
+    }
+}
+
+/// An answer being drawn: an iterator of pieces. Drop it to stop.
+#[derive(Debug)]
+pub struct Answer<'c> {
+    reply: Reply<'c>,
+    parser: Option<HarmonyParser>,
+    stops: StopStrings,
+    messages: &'c mut Vec<Message>,
+    said: Message,
+    ready: VecDeque<Piece>,
+    over: bool,
+}
+
+impl Answer<'_> {
+    /// What it took so far.
+    pub fn stats(&self) -> Stats {
+        self.reply.stats()
+    }
+
+    /// Draw one token and queue the pieces that it completes.
+    fn draw(&mut self) -> Result<()> {
+        let token = self.reply.next().transpose()?;
+        let last = token.as_ref().is_none_or(|t| t.finish.is_some());
+        let mut events = Vec::new();
+        match &mut self.parser {
+            None => {
+                let text = token.map(|t| t.text).unwrap_or_default();
+                events.push(Event::Text { channel: Channel::Final, recipient: None, text });
+            }
+            Some(parser) => {
+                if let Some(token) = token {
+                    events = parser.push(token.choice.id);
+                }
+                if last {
+                    events.extend(parser.finish());
+                }
+                self.over |= parser.stopped();
+            }
+        }
+        self.over |= last;
+        let mut hit = false;
+        for event in events {
+            if let Event::Text { channel, text, .. } = event
+                && !hit
+            {
+                hit = self.queue(channel, text);
+            }
+        }
+        if self.over && !hit {
+            let held_back = self.stops.finish();
+            self.show(Channel::Final, held_back);
+        }
+        self.over |= hit;
+        Ok(())
+    }
+
+    /// Queue text up to a stop string, and say whether one was met; reasoning is not searched for them.
+    fn queue(&mut self, channel: Channel, text: String) -> bool {
+        if channel == Channel::Analysis {
+            self.said.thinking.get_or_insert_default().push_str(&text);
+            self.ready.push_back(Piece { channel, text });
+            return false;
+        }
+        let (text, hit) = self.stops.push(&text);
+        self.show(channel, text);
+        hit
+    }
+
+    fn show(&mut self, channel: Channel, text: String) {
+        self.said.content.push_str(&text);
+        if !text.is_empty() {
+            self.ready.push_back(Piece { channel, text });
+        }
+    }
+}
+
+impl Iterator for Answer<'_> {
+    type Item = Result<Piece>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        loop {
+            if let Some(piece) = self.ready.pop_front() {
+                return Some(Ok(piece));
+            }
+            if self.over {
+                return None;
+            }
+            if let Err(e) = self.draw() {
+                self.over = true;
+                return Some(Err(e));
+            }
+        }
+    }
+}
+
+impl Drop for Answer<'_> {
+    fn drop(&mut self) {
+        self.messages.push(self.said.clone());
+    }
+}

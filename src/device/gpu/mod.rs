@@ -1,0 +1,263 @@
+//! The GPU through wgpu. Nothing outside this folder says `wgpu`, but for the engine's doors that let an application
+//! bring its own device.
+
+mod adapter;
+mod pipeline;
+mod run;
+
+pub use adapter::{AdapterFacts, is_hardware, list};
+
+use super::{Device, Limits, next_id};
+use crate::error::{Error, Result};
+use crate::program::{BufferId, Program, Slice};
+use pipeline::{Compile, Pipelines};
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::time::Duration;
+
+/// Longest wait for the device before it is reported as hung.
+const PATIENCE: Duration = Duration::from_secs(120);
+/// Bytes handed to the queue before we wait for it to have copied them.
+const IN_FLIGHT: u64 = 128 << 20;
+
+/// How to open a GPU.
+#[derive(Clone, Debug, Default)]
+pub struct Options {
+    /// Part of the adapter's name; the best one if none.
+    pub adapter: Option<String>,
+    /// Keep wgpu's checks in the shaders. Same results, slower.
+    pub checked_shaders: bool,
+    /// Behave as an adapter without subgroups.
+    pub without_subgroups: bool,
+    /// Behave as an adapter that binds no more than this.
+    pub max_binding_bytes: Option<u64>,
+}
+
+/// A wgpu device with its buffers and pipelines.
+#[derive(Debug)]
+pub struct Gpu {
+    device: wgpu::Device,
+    queue: wgpu::Queue,
+    facts: AdapterFacts,
+    limits: Limits,
+    pipelines: Pipelines,
+    buffers: RwLock<HashMap<BufferId, wgpu::Buffer>>,
+    bind_groups: Mutex<HashMap<run::BindKey, wgpu::BindGroup>>,
+    staging: Mutex<Option<wgpu::Buffer>>,
+    unsubmitted: AtomicU64,
+    lost: Arc<Mutex<Option<String>>>,
+}
+
+impl Gpu {
+    /// Open an adapter.
+    pub fn open(options: &Options) -> Result<Self> {
+        let (device, queue) = adapter::open(options.adapter.as_deref(), options.without_subgroups)?;
+        let lost: Arc<Mutex<Option<String>>> = Arc::default();
+        let note = lost.clone();
+        device.set_device_lost_callback(move |reason, text| {
+            let mut lost = note.lock().unwrap_or_else(PoisonError::into_inner);
+            *lost = Some(if text.is_empty() { format!("{reason:?}") } else { text });
+        });
+        // Errors belong to the scopes around our own calls; what still comes through is logged, not a panic.
+        device.on_uncaptured_error(Arc::new(|e: wgpu::Error| tracing::error!("uncaptured wgpu error: {e}")));
+        Ok(Self::new(device, queue, lost, options))
+    }
+
+    /// Work on a device that the application owns. Its callbacks and error handlers are left alone.
+    pub fn from_wgpu(device: wgpu::Device, queue: wgpu::Queue, options: &Options) -> Self {
+        Self::new(device, queue, Arc::default(), options)
+    }
+
+    fn new(device: wgpu::Device, queue: wgpu::Queue, lost: Arc<Mutex<Option<String>>>, options: &Options) -> Self {
+        let facts = adapter::facts(&device.adapter_info(), device.features(), &device.limits());
+        let limits = Limits {
+            max_binding_bytes: facts
+                .max_binding_bytes
+                .min(facts.max_buffer_bytes)
+                .min(options.max_binding_bytes.unwrap_or(u64::MAX)),
+            max_grid: device.limits().max_compute_workgroups_per_dimension,
+        };
+        let compile = Compile {
+            // Shuffles stay inside eight aligned lanes, so any size from eight up will do.
+            subgroups: facts.subgroup.0 >= 8 && !options.without_subgroups,
+            checked: options.checked_shaders,
+        };
+        Self {
+            device,
+            queue,
+            facts,
+            limits,
+            pipelines: Pipelines::new(compile),
+            buffers: RwLock::default(),
+            bind_groups: Mutex::default(),
+            staging: Mutex::default(),
+            unsubmitted: AtomicU64::new(0),
+            lost,
+        }
+    }
+
+    /// Facts about the adapter.
+    pub fn facts(&self) -> &AdapterFacts {
+        &self.facts
+    }
+
+    fn buffer(&self, id: BufferId) -> wgpu::Buffer {
+        let buffers = self.buffers.read().unwrap_or_else(PoisonError::into_inner);
+        buffers.get(&id).expect("the buffer was allocated here and not freed").clone()
+    }
+
+    /// An error if the device is known to be lost.
+    fn check_lost(&self) -> Result<()> {
+        let lost = self.lost.lock().unwrap_or_else(PoisonError::into_inner);
+        lost.as_ref().map_or(Ok(()), |text| Err(Error::DeviceLost(text.clone())))
+    }
+
+    /// Run `work` and turn wgpu's errors into ours. `what` and `bytes` say what was asked for.
+    fn scoped<T>(&self, what: &str, bytes: u64, work: impl FnOnce() -> T) -> Result<T> {
+        self.check_lost()?;
+        let validation = self.device.push_error_scope(wgpu::ErrorFilter::Validation);
+        let internal = self.device.push_error_scope(wgpu::ErrorFilter::Internal);
+        let memory = self.device.push_error_scope(wgpu::ErrorFilter::OutOfMemory);
+        let done = work();
+        let errors = [memory.pop(), internal.pop(), validation.pop()].map(|e| pollster::block_on(e));
+        match errors.into_iter().flatten().next() {
+            None => Ok(done),
+            Some(wgpu::Error::OutOfMemory { .. }) => {
+                let hint = "choose a smaller context or chunk, a smaller model, or another adapter";
+                Err(Error::OutOfMemory { what: what.to_owned(), bytes, hint })
+            }
+            Some(e) => {
+                self.check_lost()?;
+                let text = e.to_string();
+                // A caller's own device tells nobody but the error text.
+                Err(if text.contains("lost") || text.contains("destroyed") {
+                    Error::DeviceLost(one_line(&text))
+                } else {
+                    Error::Device(format!("{what} on {}: {}", self.facts.name, one_line(&text)))
+                })
+            }
+        }
+    }
+
+    /// Wait for everything submitted so far.
+    fn poll(&self) -> Result<()> {
+        let wait = wgpu::PollType::Wait { submission_index: None, timeout: Some(PATIENCE) };
+        // wgpu panics in `poll` when the device is lost while it waits; that is an error like any other to us.
+        let polled = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| self.device.poll(wait)));
+        self.check_lost()?;
+        match polled {
+            Ok(Ok(_)) => Ok(()),
+            Ok(Err(wgpu::PollError::Timeout)) => Err(Error::Device(format!(
+                "{} did not finish within {} s: it hangs, or the step is too large for it",
+                self.facts.name,
+                PATIENCE.as_secs()
+            ))),
+            Ok(Err(e)) => Err(Error::Device(e.to_string())),
+            Err(_) => Err(Error::DeviceLost("while waiting for it".to_owned())),
+        }
+    }
+}
+
+fn one_line(text: &str) -> String {
+    text.split_whitespace().collect::<Vec<_>>().join(" ")
+}
+
+impl Device for Gpu {
+    fn alloc(&self, label: &str, bytes: u64) -> Result<BufferId> {
+        let usage = wgpu::BufferUsages::STORAGE
+            | wgpu::BufferUsages::UNIFORM
+            | wgpu::BufferUsages::COPY_DST
+            | wgpu::BufferUsages::COPY_SRC;
+        // A uniform binds at least 16 bytes.
+        let size = bytes.next_multiple_of(16);
+        let descriptor = wgpu::BufferDescriptor { label: Some(label), size, usage, mapped_at_creation: false };
+        let buffer = self.scoped(label, bytes, || self.device.create_buffer(&descriptor))?;
+        let id = next_id();
+        self.buffers.write().unwrap_or_else(PoisonError::into_inner).insert(id, buffer);
+        Ok(id)
+    }
+
+    fn free(&self, id: BufferId) {
+        self.buffers.write().unwrap_or_else(PoisonError::into_inner).remove(&id);
+        let mut groups = self.bind_groups.lock().unwrap_or_else(PoisonError::into_inner);
+        groups.retain(|key, _| !key.uses(id));
+    }
+
+    fn write(&self, to: Slice, bytes: &[u8]) -> Result<()> {
+        debug_assert!(bytes.len() % 4 == 0 && bytes.len() as u64 <= to.bytes);
+        let buffer = self.buffer(to.buffer);
+        let mut offset = to.offset;
+        for piece in bytes.chunks(32 << 20) {
+            self.scoped("copying to the device", piece.len() as u64, || {
+                self.queue.write_buffer(&buffer, offset, piece);
+            })?;
+            offset += piece.len() as u64;
+            // write_buffer keeps a copy until the next submission: do not let those copies pile up.
+            let waiting = self.unsubmitted.fetch_add(piece.len() as u64, Ordering::Relaxed) + piece.len() as u64;
+            if waiting > IN_FLIGHT {
+                self.unsubmitted.store(0, Ordering::Relaxed);
+                self.queue.submit([]);
+                self.poll()?;
+            }
+        }
+        Ok(())
+    }
+
+    fn read(&self, from: Slice, bytes: &mut [u8]) -> Result<()> {
+        let mut staging = self.staging.lock().unwrap_or_else(PoisonError::into_inner);
+        let size = bytes.len() as u64;
+        let buffer = match staging.take() {
+            Some(buffer) if buffer.size() >= size => buffer,
+            _ => {
+                let usage = wgpu::BufferUsages::MAP_READ | wgpu::BufferUsages::COPY_DST;
+                let label = Some("readback");
+                let size = size.next_power_of_two().max(1 << 16);
+                let descriptor = wgpu::BufferDescriptor { label, size, usage, mapped_at_creation: false };
+                self.scoped("readback", size, || self.device.create_buffer(&descriptor))?
+            }
+        };
+        let (tell, told) = std::sync::mpsc::channel();
+        self.scoped("reading back", size, || {
+            let mut encoder = self.device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
+            encoder.copy_buffer_to_buffer(&self.buffer(from.buffer), from.offset, &buffer, 0, size);
+            self.queue.submit([encoder.finish()]);
+            buffer.slice(..size).map_async(wgpu::MapMode::Read, move |mapped| {
+                let _ = tell.send(mapped);
+            });
+        })?;
+        self.poll()?;
+        match told.try_recv() {
+            Ok(Ok(())) => {}
+            _ => return Err(Error::DeviceLost("a readback was not answered".to_owned())),
+        }
+        let mapped = buffer.slice(..size).get_mapped_range().map_err(|e| Error::Device(e.to_string()))?;
+        bytes.copy_from_slice(&mapped);
+        drop(mapped);
+        buffer.unmap();
+        *staging = Some(buffer);
+        Ok(())
+    }
+
+    fn prepare(&self, program: &Program) -> Result<()> {
+        self.check_lost()?;
+        self.pipelines.prepare(&self.device, &program.launches)
+    }
+
+    fn run(&self, program: &Program) -> Result<()> {
+        self.run_program(program)
+    }
+
+    fn wait(&self) -> Result<()> {
+        self.scoped("submitting", 0, || self.queue.submit([]))?;
+        self.poll()
+    }
+
+    fn limits(&self) -> Limits {
+        self.limits
+    }
+
+    fn describe(&self) -> String {
+        format!("{} ({})", self.facts.name, self.facts.backend)
+    }
+}

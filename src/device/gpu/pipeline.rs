@@ -1,0 +1,128 @@
+//! From a kernel, its fillings and constants to a compute pipeline; each made once.
+
+use crate::error::{Error, Result};
+use crate::program::Launch;
+use crate::shader::{self, Binding};
+use std::borrow::Cow;
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError};
+
+/// A compiled kernel and the names that it binds.
+#[derive(Debug)]
+pub(super) struct Pipeline {
+    pub(super) pipeline: wgpu::ComputePipeline,
+    pub(super) layout: wgpu::BindGroupLayout,
+    pub(super) bindings: Vec<Binding>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+struct Key {
+    kernel: &'static str,
+    fillings: Vec<(&'static str, &'static str)>,
+    constants: Vec<(&'static str, u64)>,
+}
+
+/// How shaders are compiled on this device.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Compile {
+    /// Subgroups of at least eight lanes are there.
+    pub(super) subgroups: bool,
+    /// Keep wgpu's bounds and loop checks in the shaders.
+    pub(super) checked: bool,
+}
+
+/// Every pipeline made so far.
+#[derive(Debug)]
+pub(super) struct Pipelines {
+    compile: Compile,
+    made: Mutex<HashMap<Key, Arc<Pipeline>>>,
+}
+
+impl Pipelines {
+    pub(super) fn new(compile: Compile) -> Self {
+        Self { compile, made: Mutex::default() }
+    }
+
+    /// The pipeline of a launch, compiled on first use.
+    pub(super) fn get(&self, device: &wgpu::Device, launch: &Launch) -> Result<Arc<Pipeline>> {
+        let key = Key {
+            kernel: launch.kernel.name,
+            fillings: launch.fillings.clone(),
+            constants: launch.constants.iter().map(|(name, v)| (*name, v.to_bits())).collect(),
+        };
+        if let Some(pipeline) = self.made.lock().unwrap_or_else(PoisonError::into_inner).get(&key) {
+            return Ok(pipeline.clone());
+        }
+        // Compiled outside the lock, so that several threads compile at once.
+        let pipeline = Arc::new(compile(device, launch, self.compile)?);
+        let mut made = self.made.lock().unwrap_or_else(PoisonError::into_inner);
+        Ok(made.entry(key).or_insert(pipeline).clone())
+    }
+
+    /// Compile what a program needs, on all cores.
+    pub(super) fn prepare(&self, device: &wgpu::Device, launches: &[Launch]) -> Result<()> {
+        let threads = std::thread::available_parallelism().map_or(1, usize::from);
+        let next = std::sync::atomic::AtomicUsize::new(0);
+        // One launch for each distinct pipeline, so that no two threads compile the same.
+        let mut seen = std::collections::HashSet::new();
+        let distinct: Vec<&Launch> = launches
+            .iter()
+            .filter(|l| seen.insert(format!("{}{:?}{:?}", l.kernel.name, l.fillings, l.constants)))
+            .collect();
+        std::thread::scope(|scope| {
+            let work = || {
+                while let Some(launch) = distinct.get(next.fetch_add(1, std::sync::atomic::Ordering::Relaxed)) {
+                    self.get(device, launch)?;
+                }
+                Ok(())
+            };
+            let threads: Vec<_> = (0..threads.min(distinct.len())).map(|_| scope.spawn(work)).collect();
+            threads.into_iter().try_for_each(|t| t.join().expect("compiling does not panic"))
+        })
+    }
+}
+
+fn compile(device: &wgpu::Device, launch: &Launch, options: Compile) -> Result<Pipeline> {
+    let mut fillings = launch.fillings.clone();
+    if launch.kernel.slots.iter().any(|slot| slot.name == "reduce") {
+        fillings.push(("reduce", if options.subgroups { "reduce_subgroup" } else { "reduce_shared" }));
+    }
+    let name = shader::label(launch.kernel, &fillings);
+    let source = shader::compose(launch.kernel, &fillings);
+    let parsed = shader::parse(&name, &source).map_err(Error::Device)?;
+    let bindings = shader::bindings(&parsed);
+    let scope = device.push_error_scope(wgpu::ErrorFilter::Validation);
+    let internal = device.push_error_scope(wgpu::ErrorFilter::Internal);
+    let module = module(device, &name, parsed, options.checked);
+    let pipeline = device.create_compute_pipeline(&wgpu::ComputePipelineDescriptor {
+        label: Some(&name),
+        layout: None,
+        module: &module,
+        entry_point: Some("main"),
+        compilation_options: wgpu::PipelineCompilationOptions {
+            constants: &launch.constants,
+            // Every kernel writes its workgroup memory before it reads it.
+            zero_initialize_workgroup_memory: false,
+        },
+        cache: None,
+    });
+    let errors = [pollster::block_on(internal.pop()), pollster::block_on(scope.pop())];
+    if let Some(e) = errors.into_iter().flatten().next() {
+        return Err(Error::Device(format!("kernel {name} does not compile on this adapter: {e}")));
+    }
+    let layout = pipeline.get_bind_group_layout(0);
+    Ok(Pipeline { pipeline, layout, bindings })
+}
+
+#[allow(unsafe_code, reason = "unchecked shaders are several times faster in the K loops")]
+fn module(device: &wgpu::Device, name: &str, parsed: naga::Module, checked: bool) -> wgpu::ShaderModule {
+    let source = wgpu::ShaderSource::Naga(Cow::Owned(parsed));
+    let descriptor = wgpu::ShaderModuleDescriptor { label: Some(name), source };
+    if checked {
+        return device.create_shader_module(descriptor);
+    }
+    // SAFETY: the sources are ours alone. Every index is bounded by the grid, an override or the Step uniform, all of
+    // which the recording methods derive from shapes that were checked at load; every loop ends by such a bound.
+    // `--checked-shaders` runs the same sources with the checks on, and a test demands equal bits.
+    unsafe { device.create_shader_module_trusted(descriptor, wgpu::ShaderRuntimeChecks::unchecked()) }
+}

@@ -1,0 +1,111 @@
+//! Running a program: launches into compute passes, passes into submissions, host stages between them.
+
+use super::Gpu;
+use crate::device::{Device, run_on_host};
+use crate::error::Result;
+use crate::ops::is_written;
+use crate::program::{Access, BufferId, Launch, Place, Program, Slice};
+use std::sync::{Arc, PoisonError};
+
+/// Launches in one submission: short enough for a desktop's watchdog, long enough to keep the queue busy.
+const LAUNCHES: usize = 64;
+
+/// A pipeline and what its launch binds.
+#[derive(Debug, PartialEq, Eq, Hash)]
+pub(super) struct BindKey {
+    pipeline: usize,
+    slices: Vec<Slice>,
+}
+
+impl BindKey {
+    pub(super) fn uses(&self, id: BufferId) -> bool {
+        self.slices.iter().any(|s| s.buffer == id)
+    }
+}
+
+impl Gpu {
+    pub(super) fn run_program(&self, program: &Program) -> Result<()> {
+        let mut rest = &program.launches[..];
+        while let Some(first) = rest.first() {
+            if first.place == Place::Host {
+                self.run_host_launch(first, program.tokens)?;
+                rest = &rest[1..];
+            } else {
+                let count = rest.iter().take(LAUNCHES).take_while(|l| l.place == Place::Device).count();
+                self.submit(&rest[..count])?;
+                rest = &rest[count..];
+            }
+        }
+        Ok(())
+    }
+
+    fn submit(&self, launches: &[Launch]) -> Result<()> {
+        let ready: Vec<_> = launches.iter().map(|l| self.bind(l)).collect::<Result<_>>()?;
+        self.scoped("running a step", 0, || {
+            let mut encoder = self.device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
+            let mut pass = encoder.begin_compute_pass(&wgpu::ComputePassDescriptor::default());
+            for ((pipeline, group), launch) in ready.iter().zip(launches) {
+                pass.set_pipeline(&pipeline.pipeline);
+                pass.set_bind_group(0, group, &[]);
+                let [x, y, z] = launch.grid;
+                pass.dispatch_workgroups(x, y, z);
+            }
+            drop(pass);
+            self.queue.submit([encoder.finish()]);
+        })
+    }
+
+    /// The pipeline and bind group of a launch. Bind groups are kept as long as their buffers live.
+    fn bind(&self, launch: &Launch) -> Result<(Arc<super::pipeline::Pipeline>, wgpu::BindGroup)> {
+        let pipeline = self.pipelines.get(&self.device, launch)?;
+        let slices = launch.args.iter().map(|a| a.slice).collect();
+        let key = BindKey { pipeline: Arc::as_ptr(&pipeline) as usize, slices };
+        let mut groups = self.bind_groups.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(group) = groups.get(&key) {
+            return Ok((pipeline, group.clone()));
+        }
+        let buffers: Vec<wgpu::Buffer> = launch.args.iter().map(|a| self.buffer(a.slice.buffer)).collect();
+        let entries: Vec<wgpu::BindGroupEntry<'_>> = pipeline
+            .bindings
+            .iter()
+            .map(|binding| {
+                let at = launch.args.iter().position(|a| a.name == binding.name);
+                let at = at.unwrap_or_else(|| panic!("{} is not bound by {}", binding.name, launch.kernel.name));
+                let slice = launch.args[at].slice;
+                let size = if binding.uniform { slice.bytes.next_multiple_of(16) } else { slice.bytes };
+                wgpu::BindGroupEntry {
+                    binding: binding.index,
+                    resource: wgpu::BindingResource::Buffer(wgpu::BufferBinding {
+                        buffer: &buffers[at],
+                        offset: slice.offset,
+                        size: std::num::NonZeroU64::new(size),
+                    }),
+                }
+            })
+            .collect();
+        let label = Some(launch.kernel.name);
+        let descriptor = wgpu::BindGroupDescriptor { label, layout: &pipeline.layout, entries: &entries };
+        let group = self.scoped(launch.kernel.name, 0, || self.device.create_bind_group(&descriptor))?;
+        groups.insert(key, group.clone());
+        Ok((pipeline, group))
+    }
+
+    /// Bring a launch's slices to the host, compute its twin, bring back what it wrote.
+    fn run_host_launch(&self, launch: &Launch, tokens: u32) -> Result<()> {
+        let mut slices = Vec::new();
+        for arg in &launch.args {
+            let mut words = vec![0u32; (arg.slice.bytes / 4) as usize];
+            if arg.access != Access::Write {
+                self.read(arg.slice, bytemuck::cast_slice_mut(&mut words))?;
+            }
+            slices.push(words);
+        }
+        run_on_host(launch, tokens, &mut slices);
+        for (arg, words) in launch.args.iter().zip(&slices) {
+            if is_written(arg.access) {
+                self.write(arg.slice, bytemuck::cast_slice(words))?;
+            }
+        }
+        Ok(())
+    }
+}

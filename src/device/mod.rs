@@ -1,0 +1,128 @@
+//! The seam between the engine and what computes: alloc, write, read, run.
+//!
+//! Two devices stand behind it: `gpu` (wgpu, the only place that knows it) and `cpu` (the twins).
+
+pub mod cpu;
+pub mod gpu;
+
+use crate::error::Result;
+use crate::ops::Views;
+use crate::program::{Access, BufferId, Launch, Program, Slice};
+use std::fmt;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// Something that holds buffers and runs programs over them.
+pub trait Device: Send + Sync + fmt::Debug {
+    /// A new buffer of `bytes` bytes (a multiple of 4), filled with zeros.
+    fn alloc(&self, label: &str, bytes: u64) -> Result<BufferId>;
+    /// Give a buffer back. Its id is never used again.
+    fn free(&self, id: BufferId);
+    /// Copy bytes to the head of a slice, before any program that runs later.
+    fn write(&self, to: Slice, bytes: &[u8]) -> Result<()>;
+    /// Copy a whole slice out, after every program that ran before.
+    fn read(&self, from: Slice, bytes: &mut [u8]) -> Result<()>;
+    /// Make ready what a program needs, such as compiled kernels, so that the first run is as fast as the next.
+    fn prepare(&self, program: &Program) -> Result<()>;
+    /// Run the launches in order. Launches placed on the host run there.
+    fn run(&self, program: &Program) -> Result<()>;
+    /// Wait until everything written and run so far is done, and report what went wrong.
+    fn wait(&self) -> Result<()>;
+    /// What the device can hold and bind.
+    fn limits(&self) -> Limits;
+    /// Who computes, for people: adapter, backend, driver.
+    fn describe(&self) -> String;
+}
+
+/// What a device can hold and bind.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Limits {
+    /// Largest slice that a kernel can bind, in bytes.
+    pub max_binding_bytes: u64,
+    /// Largest number of workgroups in one dimension of a grid.
+    pub max_grid: u32,
+}
+
+/// A buffer that gives itself back.
+#[derive(Debug)]
+pub struct Buffer {
+    device: Arc<dyn Device>,
+    slice: Slice,
+}
+
+impl Buffer {
+    /// Allocate `bytes` bytes, rounded up to whole words.
+    pub fn new(device: &Arc<dyn Device>, label: &str, bytes: u64) -> Result<Self> {
+        let bytes = bytes.max(4).next_multiple_of(4);
+        let limit = device.limits().max_binding_bytes;
+        if bytes > limit {
+            return Err(crate::Error::Device(format!(
+                "{label} takes {bytes} bytes, but {} binds {limit} at most: choose a smaller context or chunk",
+                device.describe()
+            )));
+        }
+        let buffer = device.alloc(label, bytes)?;
+        Ok(Self { device: device.clone(), slice: Slice { buffer, offset: 0, bytes } })
+    }
+
+    /// Allocate and fill.
+    pub fn with_bytes(device: &Arc<dyn Device>, label: &str, bytes: &[u8]) -> Result<Self> {
+        let buffer = Self::new(device, label, bytes.len() as u64)?;
+        let whole = bytes.len() / 4 * 4;
+        device.write(buffer.slice, &bytes[..whole])?;
+        if whole < bytes.len() {
+            let mut tail = [0; 4];
+            tail[..bytes.len() - whole].copy_from_slice(&bytes[whole..]);
+            let at = Slice { offset: whole as u64, bytes: 4, ..buffer.slice };
+            device.write(at, &tail)?;
+        }
+        Ok(buffer)
+    }
+
+    /// The whole buffer.
+    pub fn slice(&self) -> Slice {
+        self.slice
+    }
+}
+
+impl Drop for Buffer {
+    fn drop(&mut self) {
+        self.device.free(self.slice.buffer);
+    }
+}
+
+/// A fresh id, unique in the process.
+fn next_id() -> BufferId {
+    static NEXT: AtomicU64 = AtomicU64::new(1);
+    BufferId(NEXT.fetch_add(1, Ordering::Relaxed))
+}
+
+/// Run a program and look at every named stage: `see(name, width, words)` gets its rows right after the launch that
+/// makes it, before anything reuses the buffer.
+pub fn run_seeing(
+    device: &dyn Device,
+    program: &Program,
+    mut see: impl FnMut(&str, usize, Vec<u32>) -> Result<()>,
+) -> Result<()> {
+    for (part, stage) in program.split_at_stages() {
+        device.run(&part)?;
+        if let Some(stage) = stage {
+            let mut words = vec![0u32; (stage.slice.bytes / 4) as usize];
+            device.read(stage.slice, bytemuck::cast_slice_mut(&mut words))?;
+            see(&stage.name, stage.width, words)?;
+        }
+    }
+    Ok(())
+}
+
+/// Compute a launch by its twin over copies of its slices.
+fn run_on_host(launch: &Launch, tokens: u32, slices: &mut [Vec<u32>]) {
+    let mut views = Views::default();
+    for (arg, words) in launch.args.iter().zip(slices) {
+        match arg.access {
+            Access::Read => views.add_read(arg.name, words),
+            Access::Update | Access::Write => views.add_write(arg.name, words),
+        }
+    }
+    launch.op.twin(tokens as usize, &mut views);
+}

@@ -1,0 +1,287 @@
+//! NVFP4: blocks of 16 E2M1 codes in 8 bytes with one E4M3 scale, and one f32 for the whole tensor,
+//! value = e2m1(code) * (e4m3(scale) * multiplier).
+//!
+//! Owns decoding, the two writers of weights found in checkpoints, the quantiser of activations (W4A4), and the 128x4
+//! order of block scales that native NVFP4 matrix units want. On disk scales are row-major, one row of K/16 per row
+//! of weights. Sources: NVIDIA ModelOpt 0.47 `nvfp4_tensor.py`, compressed-tensors 0.20 `fp4_utils.py`, vLLM 0.33
+//! `nvfp4_emulation_utils.py`, Transformer Engine `swizzle.h`.
+
+use super::{NotFinite, amax, bf16, e2m1, e4m3, require_finite};
+
+/// Elements that share a scale.
+pub const BLOCK: usize = 16;
+
+/// Bytes of codes in a block.
+pub const BLOCK_BYTES: usize = BLOCK / 2;
+
+/// The largest code times the largest scale: a tensor's amax is mapped to it.
+pub const MAX: f32 = e2m1::MAX * e4m3::MAX;
+
+/// The f32 of a whole tensor, in the convention of the file that holds it.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Global {
+    /// amax/2688, to multiply by when decoding: ModelOpt's and Quark's `weight_scale_2` and `input_scale`.
+    Multiplier(f32),
+    /// 2688/amax, to divide by when decoding: compressed-tensors' `weight_global_scale` and `input_global_scale`.
+    Divisor(f32),
+}
+
+impl Global {
+    /// What decoding multiplies by.
+    pub fn multiplier(self) -> f32 {
+        match self {
+            Self::Multiplier(m) => m,
+            Self::Divisor(d) => 1.0 / d,
+        }
+    }
+}
+
+/// Decodes one block; `multiplier` is [`Global::multiplier`]. The scale is formed first and rounded to f32.
+pub fn decode(block: &[u8; BLOCK_BYTES], scale: u8, multiplier: f32, out: &mut [f32; BLOCK]) {
+    let scale = e4m3::decode(scale) * multiplier;
+    for (pair, byte) in out.as_chunks_mut::<2>().0.iter_mut().zip(block) {
+        *pair = [e2m1::decode(byte & 15) * scale, e2m1::decode(byte >> 4) * scale];
+    }
+}
+
+/// Decodes K = `out.len()` elements from `[K/2]` code bytes and `[K/16]` scales.
+///
+/// # Panics
+/// If the lengths do not fit each other.
+pub fn decode_row(codes: &[u8], scales: &[u8], multiplier: f32, out: &mut [f32]) {
+    assert!(out.len() == scales.len() * BLOCK && codes.len() == scales.len() * BLOCK_BYTES, "whole NVFP4 blocks");
+    for ((block, scale), out) in codes.as_chunks().0.iter().zip(scales).zip(out.as_chunks_mut().0) {
+        decode(block, *scale, multiplier, out);
+    }
+}
+
+/// An encoded tensor.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Encoded {
+    /// Packed codes, `[N, K/2]`.
+    pub codes: Vec<u8>,
+    /// E4M3 scales, row-major `[N, K/16]`.
+    pub scales: Vec<u8>,
+    /// The tensor's scale.
+    pub global: Global,
+}
+
+/// Encodes a weight as ModelOpt does: all in f32, a block of zeros gets scale 1, no scale is below 2^-9, and a negative
+/// element keeps its sign when it rounds to zero (-0 itself does not).
+///
+/// `w` is `[N, K]` row-major with K a multiple of 16.
+///
+/// # Errors
+/// [`NotFinite`] at the first NaN or infinity.
+///
+/// # Panics
+/// If `w` is not whole blocks.
+pub fn encode_modelopt(w: &[f32]) -> Result<Encoded, NotFinite> {
+    require_finite(w)?;
+    let global = amax(w) / MAX;
+    let mut encoded = Encoded::with_room_for(w, Global::Multiplier(global));
+    for block in whole_blocks(w) {
+        let scale = match amax(block) / (e2m1::MAX * global) {
+            s if s == 0.0 || s.is_nan() => 1.0, // NaN is 0/0: a tensor of zeros, or one too small for its own scale
+            s => s.clamp(MIN_SCALE, e4m3::MAX),
+        };
+        let scale = e4m3::encode(scale);
+        let unit = e4m3::decode(scale) * global;
+        encoded.push(scale, block.map(|v| if v == 0.0 { 0 } else { e2m1::encode(quotient(v, unit)) }));
+    }
+    Ok(encoded)
+}
+
+/// Encodes a weight as llm-compressor with compressed-tensors does on a bf16 model: the global scale and each block's
+/// amax/6 are computed in bf16, a scale that rounds to zero becomes 2^-3, and the sign of zero is kept.
+///
+/// `w` is `[N, K]` row-major with K a multiple of 16; it is rounded to bf16 first.
+///
+/// # Errors
+/// [`NotFinite`] at the first NaN or infinity, also one that rounding to bf16 makes.
+///
+/// # Panics
+/// If `w` is not whole blocks.
+pub fn encode_compressed_tensors(w: &[f32]) -> Result<Encoded, NotFinite> {
+    let w: Vec<f32> = w.iter().map(|&v| bf16::round(v)).collect();
+    require_finite(&w)?;
+    // Below an amax of about 1e-35 compressed-tensors itself overflows to infinity; the largest bf16 keeps it decodable.
+    let global = bf16::round(MAX / amax(&w).max(f32::MIN_POSITIVE)).min(bf16::MAX);
+    let mut encoded = Encoded::with_room_for(&w, Global::Divisor(global));
+    for block in whole_blocks(&w) {
+        let scale = match e4m3::encode(global * bf16::round(amax(block) / e2m1::MAX)) {
+            0 => e4m3::encode(0.125),
+            s => s,
+        };
+        let unit = e4m3::decode(scale) / global;
+        encoded.push(scale, block.map(|v| e2m1::encode(quotient(v, unit))));
+    }
+    Ok(encoded)
+}
+
+/// The global scale that fits `x` (a tensor, or one token's row) without clipping: amax/2688.
+///
+/// # Errors
+/// [`NotFinite`] at the first NaN or infinity.
+pub fn dynamic_global(x: &[f32]) -> Result<Global, NotFinite> {
+    require_finite(x)?;
+    Ok(Global::Multiplier(amax(x) / MAX))
+}
+
+/// Quantises activations against a global scale, calibrated or [`dynamic_global`], for a W4A4 product. With
+/// `G = 1 / multiplier`, in f32 and in this order, as vLLM's emulation and the CUDA kernels do:
+///
+/// ```text
+/// scale = e4m3(G * (amax_block * (1/6)))    saturates at 448: what calibration did not see is clipped
+/// code  = e2m1(x * (G / scale))             saturates at 6; zero where the scale is zero
+/// ```
+///
+/// A zero multiplier (a tensor of zeros), or one so small that its inverse overflows, gives zeros.
+/// `x` is whole blocks of 16; the result has the same order.
+///
+/// # Errors
+/// [`NotFinite`] at the first NaN or infinity of `x`.
+///
+/// # Panics
+/// If `x` is not whole blocks, or if the multiplier is negative, infinite or NaN: a loader refuses such files.
+pub fn quantize_activations(x: &[f32], global: Global) -> Result<Encoded, NotFinite> {
+    let multiplier = global.multiplier();
+    assert!(multiplier.is_finite() && multiplier >= 0.0, "an activation scale is finite, got {multiplier}");
+    require_finite(x)?;
+    let inverse = match 1.0 / multiplier {
+        g if g.is_finite() => g,
+        _ => 0.0,
+    };
+    let mut encoded = Encoded::with_room_for(x, global);
+    for block in whole_blocks(x) {
+        let scale = e4m3::encode(inverse * (amax(block) * (1.0 / 6.0)));
+        // The factor may overflow where the block is far below 2^-126: zeros stay zeros, the rest saturates.
+        let factor = match e4m3::decode(scale) {
+            0.0 => 0.0,
+            s => inverse / s,
+        };
+        encoded.push(scale, block.map(|v| e2m1::encode(if v == 0.0 { v } else { v * factor })));
+    }
+    Ok(encoded)
+}
+
+/// Bytes of the block scales of `n_rows` rows of `n_scales` scales in 128x4 order: both padded, to 128 and to 4.
+pub const fn swizzled_bytes(n_rows: usize, n_scales: usize) -> usize {
+    n_rows.next_multiple_of(128) * n_scales.next_multiple_of(4)
+}
+
+/// Where the scale of block `scale_idx` of row `row` lies in 128x4 order, for rows of `n_scales` scales.
+pub const fn swizzled_offset(row: usize, scale_idx: usize, n_scales: usize) -> usize {
+    let tile = row / 128 * n_scales.div_ceil(4) + scale_idx / 4;
+    tile * 512 + row % 32 * 16 + row % 128 / 32 * 4 + scale_idx % 4
+}
+
+/// The `(row, scale_idx)` at an offset in 128x4 order; either may lie in the padding. `n_scales` is at least 1.
+pub const fn unswizzled_place(offset: usize, n_scales: usize) -> (usize, usize) {
+    let (tile, rest) = (offset / 512, offset % 512);
+    let tiles_per_row = n_scales.div_ceil(4);
+    let row = tile / tiles_per_row * 128 + rest % 16 / 4 * 32 + rest / 16;
+    (row, tile % tiles_per_row * 4 + rest % 4)
+}
+
+/// Row-major scales `[n_rows, n_scales]` in 128x4 order, padded with zeros.
+///
+/// # Panics
+/// If `scales` is not `[n_rows, n_scales]`.
+pub fn swizzle(scales: &[u8], n_rows: usize, n_scales: usize) -> Vec<u8> {
+    assert_eq!(scales.len(), n_rows * n_scales, "scales are [{n_rows}, {n_scales}]");
+    let mut out = vec![0; swizzled_bytes(n_rows, n_scales)];
+    for (i, scale) in scales.iter().enumerate() {
+        out[swizzled_offset(i / n_scales, i % n_scales, n_scales)] = *scale;
+    }
+    out
+}
+
+/// The inverse of [`swizzle`]: row-major scales `[n_rows, n_scales]`, the padding left out.
+///
+/// # Panics
+/// If `swizzled` does not have [`swizzled_bytes`].
+pub fn unswizzle(swizzled: &[u8], n_rows: usize, n_scales: usize) -> Vec<u8> {
+    assert_eq!(swizzled.len(), swizzled_bytes(n_rows, n_scales), "swizzled scales of [{n_rows}, {n_scales}]");
+    (0..n_rows * n_scales).map(|i| swizzled[swizzled_offset(i / n_scales, i % n_scales, n_scales)]).collect()
+}
+
+/// The smallest E4M3 number above zero.
+const MIN_SCALE: f32 = 1.0 / 512.0;
+
+impl Encoded {
+    fn with_room_for(x: &[f32], global: Global) -> Self {
+        Self { codes: Vec::with_capacity(x.len() / 2), scales: Vec::with_capacity(x.len() / BLOCK), global }
+    }
+
+    fn push(&mut self, scale: u8, codes: [u8; BLOCK]) {
+        self.scales.push(scale);
+        self.codes.extend(e2m1::pack(&codes));
+    }
+}
+
+fn whole_blocks(x: &[f32]) -> &[[f32; BLOCK]] {
+    let (blocks, rest) = x.as_chunks();
+    assert!(rest.is_empty(), "NVFP4 encodes whole blocks of {BLOCK}");
+    blocks
+}
+
+/// v / unit where an underflown unit makes zero of zero, not NaN.
+fn quotient(v: f32, unit: f32) -> f32 {
+    if v == 0.0 { v } else { v / unit }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn both_conventions_mean_the_same_number() {
+        assert_eq!(Global::Multiplier(0.125).multiplier(), Global::Divisor(8.0).multiplier());
+    }
+
+    #[test]
+    fn tensors_of_zeros_decode_to_zeros() {
+        let x = [0.0; 32];
+        let dynamic = dynamic_global(&x).unwrap();
+        for e in [encode_modelopt(&x), encode_compressed_tensors(&x), quantize_activations(&x, dynamic)] {
+            let e = e.unwrap();
+            let mut y = [f32::NAN; 32];
+            decode_row(&e.codes, &e.scales, e.global.multiplier(), &mut y);
+            assert_eq!(y, x);
+        }
+    }
+
+    #[test]
+    fn the_smallest_numbers_do_not_make_nan() {
+        let mut x = [0.0; 16];
+        (x[0], x[1]) = (f32::from_bits(1), -1e-37);
+        let dynamic = dynamic_global(&x).unwrap();
+        for e in [encode_modelopt(&x), encode_compressed_tensors(&x), quantize_activations(&x, dynamic)] {
+            let e = e.unwrap();
+            let mut y = [f32::NAN; 16];
+            decode_row(&e.codes, &e.scales, e.global.multiplier(), &mut y);
+            assert!(y.iter().all(|v| v.abs() <= 2e-37), "{y:?}");
+        }
+    }
+
+    #[test]
+    fn modelopt_clamps_a_faint_scale() {
+        let mut x = [0.0; 32];
+        (x[0], x[16]) = (1.0, 1e-7); // amax_block / (6 * global) is 4.5e-5, which rounds to zero in e4m3
+        let e = encode_modelopt(&x).unwrap();
+        assert_eq!((e.scales, e.codes[8]), (vec![0x7e, 0x01], 0)); // 2^-9; here the element is too small all the same
+    }
+
+    #[test]
+    fn nan_and_infinity_are_refused_by_place() {
+        for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+            let mut x = [1.0; 32];
+            x[19] = bad;
+            assert_eq!(encode_modelopt(&x).unwrap_err().idx, 19);
+            assert_eq!(encode_compressed_tensors(&x).unwrap_err().idx, 19);
+            assert_eq!(dynamic_global(&x).unwrap_err().idx, 19);
+            assert_eq!(quantize_activations(&x, Global::Multiplier(1.0)).unwrap_err().idx, 19);
+        }
+    }
+}

@@ -1,0 +1,44 @@
+//! Fourfold runs FP4 Mixture-of-Experts language models in WGSL compute shaders through wgpu, in pure Rust.
+//!
+//! ```no_run
+//! use fourfold::{Engine, ReplyOptions};
+//!
+//! let engine = Engine::builder().build()?; // the embedded model, on the best device
+//! let mut session = engine.session()?;
+//! let prompt = engine.tokenizer()?.encode("Once upon a time")?;
+//! for token in session.reply(&prompt, &ReplyOptions { max_tokens: Some(40), ..Default::default() })? {
+//!     print!("{}", token?.text);
+//! }
+//! # Ok::<(), fourfold::Error>(())
+//! ```
+//!
+//! An [`Engine`] holds a model's weights on a device; a [`Session`] holds one conversation. Both are `Send`, and nothing
+//! is global: several engines live in one process without seeing each other. ARCHITECTURE.md says how it works inside.
+
+mod chat;
+pub mod checkpoint;
+pub mod config;
+mod default_model;
+pub mod device;
+mod engine;
+mod error;
+pub mod format;
+pub mod model;
+pub mod ops;
+pub mod program;
+mod reply;
+pub mod sampler;
+pub mod shader;
+pub mod tokenizer;
+
+pub use chat::{Answer, Chat, Piece};
+pub use device::gpu::Gpu;
+pub use engine::{Cancel, DEFAULT_CHUNK, DEFAULT_CONTEXT, DeviceChoice, Engine, EngineBuilder, See, Session, Want};
+pub use error::{Error, Result};
+pub use model::Progress;
+pub use ops::CacheFormat;
+pub use program::HostStages;
+pub use reply::{Finish, Reply, ReplyOptions, Stats, Token};
+pub use sampler::Sampling;
+/// The wgpu that [`Gpu::from_wgpu`] takes devices of.
+pub use wgpu;

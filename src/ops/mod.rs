@@ -1,0 +1,110 @@
+//! The ops: a file each, with its constants, the method that records it, its kernels, and its twin.
+//!
+//! A twin is the op's plain definition: f64 sums, no tricks, nothing shared with the kernel. It is the oracle of the
+//! kernel's tests, and it runs the op where there is no GPU.
+
+mod add;
+mod attention;
+mod embed;
+mod linear;
+mod moe_down;
+mod moe_scatter;
+mod moe_up;
+mod rms_norm;
+mod rope;
+mod router;
+mod take;
+mod views;
+mod weight;
+
+pub use add::Add;
+pub use attention::Attention;
+pub use embed::Embed;
+pub use linear::Linear;
+pub use moe_down::MoeDown;
+pub use moe_scatter::MoeScatter;
+pub use moe_up::{Experts, MoeUp};
+pub use rms_norm::RmsNorm;
+pub use rope::{CacheFormat, KvCache, Rope};
+pub use router::{Router, Routes};
+pub use take::Take;
+pub use views::Views;
+pub(crate) use views::is_written;
+pub use weight::{Matrix, Part, Weight};
+
+use crate::shader::Kernel;
+
+/// Every kernel there is.
+pub const KERNELS: [&Kernel; 11] = [
+    &add::KERNEL,
+    &attention::KERNEL,
+    &embed::KERNEL,
+    &linear::KERNEL,
+    &moe_down::KERNEL,
+    &moe_scatter::KERNEL,
+    &moe_up::KERNEL,
+    &rms_norm::KERNEL,
+    &rope::KERNEL,
+    &router::KERNEL,
+    &take::KERNEL,
+];
+
+/// What a launch computes: an op with its constants.
+#[derive(Clone, Copy, Debug, PartialEq)]
+#[allow(missing_docs, reason = "each variant is documented at its type")]
+pub enum Op {
+    Add(Add),
+    Attention(Attention),
+    Embed(Embed),
+    Linear(Linear),
+    MoeDown(MoeDown),
+    MoeScatter(MoeScatter),
+    MoeUp(MoeUp),
+    RmsNorm(RmsNorm),
+    Rope(Rope),
+    Router(Router),
+    Take(Take),
+}
+
+impl Op {
+    /// Compute the op on the host. The slices are the launch's, `tokens` the rows of the step.
+    pub fn twin(&self, tokens: usize, views: &mut Views<'_>) {
+        match self {
+            Op::Add(op) => op.twin(tokens, views),
+            Op::Attention(op) => op.twin(tokens, views),
+            Op::Embed(op) => op.twin(tokens, views),
+            Op::Linear(op) => op.twin(tokens, views),
+            Op::MoeDown(op) => op.twin(tokens, views),
+            Op::MoeScatter(op) => op.twin(tokens, views),
+            Op::MoeUp(op) => op.twin(tokens, views),
+            Op::RmsNorm(op) => op.twin(tokens, views),
+            Op::Rope(op) => op.twin(tokens, views),
+            Op::Router(op) => op.twin(tokens, views),
+            Op::Take(op) => op.twin(tokens, views),
+        }
+    }
+}
+
+/// One row of a step: which token, of which sequence, where.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, bytemuck::Pod, bytemuck::Zeroable)]
+#[repr(C)]
+pub struct Row {
+    /// The token's id.
+    pub token: u32,
+    /// Which of the cache's sequences it belongs to.
+    pub sequence: u32,
+    /// Its position there, from 0.
+    pub position: u32,
+    /// Nothing; the GPU's struct is four words.
+    pub pad: u32,
+}
+
+/// The uniform that changes from step to step.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, bytemuck::Pod, bytemuck::Zeroable)]
+#[repr(C)]
+pub struct Step {
+    /// Rows of the step, T.
+    pub tokens: u32,
+    /// Nothing; a uniform is at least 16 bytes.
+    pub pad: [u32; 3],
+}

@@ -1,0 +1,146 @@
+//! Rotary position embedding, and appending to the KV cache.
+
+use super::{Op, Row, Views};
+use crate::program::{Launch, Program, Slice};
+use crate::shader::{APPEND, Kernel};
+
+pub(crate) const KERNEL: Kernel =
+    Kernel { name: "rope", source: include_str!("../../shaders/rope.wgsl"), slots: &[APPEND] };
+
+/// How keys and values are stored.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum CacheFormat {
+    /// Four bytes an element, as computed.
+    #[default]
+    F32,
+    /// Two bytes an element, rounded to nearest even.
+    Bf16,
+}
+
+impl CacheFormat {
+    /// Bytes of `n` elements.
+    pub fn bytes(self, n: u64) -> u64 {
+        match self {
+            Self::F32 => n * 4,
+            Self::Bf16 => n * 2,
+        }
+    }
+
+    pub(crate) fn filling(self, slot: &'static str) -> &'static str {
+        match (slot, self) {
+            ("cache", Self::F32) => "cache_f32",
+            ("cache", Self::Bf16) => "cache_bf16",
+            ("append", Self::F32) => "append_f32",
+            ("append", Self::Bf16) => "append_bf16",
+            _ => unreachable!("slot {slot} is not the cache's"),
+        }
+    }
+
+    /// Element `i` of a cache in host memory.
+    pub(crate) fn load(self, words: &[u32], i: usize) -> f32 {
+        match self {
+            Self::F32 => f32::from_bits(words[i]),
+            Self::Bf16 => half::bf16::from_bits((words[i / 2] >> (i % 2 * 16)) as u16).to_f32(),
+        }
+    }
+
+    fn store(self, words: &mut [u32], i: usize, v: f32) {
+        match self {
+            Self::F32 => words[i] = v.to_bits(),
+            Self::Bf16 => {
+                let bits = u32::from(half::bf16::from_f32(v).to_bits());
+                let shift = i % 2 * 16;
+                words[i / 2] = words[i / 2] & !(0xffff << shift) | bits << shift;
+            }
+        }
+    }
+}
+
+/// Keys and values of one layer: `[S, capacity, Hk Dh]` each.
+#[derive(Clone, Copy, Debug)]
+pub struct KvCache {
+    /// How an element is stored.
+    pub format: CacheFormat,
+    /// Positions that a sequence has room for; position p stands in row `p mod capacity`.
+    pub capacity: u32,
+    /// Rotated keys.
+    pub keys: Slice,
+    /// Values.
+    pub values: Slice,
+}
+
+/// Constants.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Rope {
+    /// Query heads.
+    pub h: u32,
+    /// Key/value heads.
+    pub hk: u32,
+    /// Head size.
+    pub dh: u32,
+    /// The cache's.
+    pub capacity: u32,
+    /// The cache's.
+    pub format: CacheFormat,
+}
+
+impl Program {
+    /// Rotate the queries of `qkv [T, (H + 2 Hk) Dh]` in place; append rotated keys, and values, to the cache.
+    /// `table`: `[C, Dh/2]` pairs of cos and sin.
+    pub fn rope(&mut self, [h, hk, dh]: [u32; 3], rows: Slice, table: Slice, qkv: Slice, cache: KvCache) {
+        let op = Rope { h, hk, dh, capacity: cache.capacity, format: cache.format };
+        let grid = [((h + 2 * hk) * (dh / 4)).div_ceil(64), self.tokens, 1];
+        let launch = Launch::new(Op::Rope(op), &KERNEL, grid)
+            .fill("append", cache.format.filling("append"))
+            .constant("H", h)
+            .constant("HK", hk)
+            .constant("DH", dh)
+            .constant("CAPACITY", cache.capacity)
+            .read("rows", rows)
+            .read("table", table)
+            .update("qkv", qkv)
+            .update("keys", cache.keys)
+            .update("values", cache.values);
+        self.push(launch);
+    }
+}
+
+impl Rope {
+    pub(crate) fn twin(&self, tokens: usize, views: &mut Views<'_>) {
+        let rows = &bytemuck::cast_slice(views.words("rows"))[..tokens];
+        let (keys, values) = (views.words_mut("keys"), views.words_mut("values"));
+        self.reference(rows, views.f32("table"), views.f32_mut("qkv"), keys, values);
+    }
+
+    /// `rows [T]`, `table [C, Dh/2, 2]`, `qkv [T, (H + 2 Hk) Dh]`, `keys`, `values`: words of `[S, capacity, Hk Dh]`.
+    pub fn reference(&self, rows: &[Row], table: &[f32], qkv: &mut [f32], keys: &mut [u32], values: &mut [u32]) {
+        let [h, hk, dh, capacity] = [self.h, self.hk, self.dh, self.capacity].map(|n| n as usize);
+        for (t, row) in rows.iter().enumerate() {
+            let position = row.position as usize;
+            let slot = row.sequence as usize * capacity + position % capacity;
+            let table = &table[position * dh..][..dh];
+            for head in 0..h + 2 * hk {
+                let v = &mut qkv[(t * (h + 2 * hk) + head) * dh..][..dh];
+                if head < h + hk {
+                    let old = v.to_vec();
+                    for i in 0..dh / 2 {
+                        let (cos, sin) = (f64::from(table[2 * i]), f64::from(table[2 * i + 1]));
+                        let (a, b) = (f64::from(old[i]), f64::from(old[i + dh / 2]));
+                        v[i] = (a * cos - b * sin) as f32;
+                        v[i + dh / 2] = (b * cos + a * sin) as f32;
+                    }
+                    if head >= h {
+                        for i in 0..dh {
+                            self.format.store(keys, (slot * hk + head - h) * dh + i, v[i]);
+                        }
+                        v.copy_from_slice(&old); // the kernel leaves keys in `qkv` as they were
+                    }
+                } else {
+                    for i in 0..dh {
+                        self.format.store(values, (slot * hk + head - h - hk) * dh + i, v[i]);
+                    }
+                }
+            }
+        }
+    }
+}

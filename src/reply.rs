@@ -1,0 +1,209 @@
+//! The decode loop, pulled one token at a time: stopping is not pulling again.
+
+use crate::engine::{Session, Want};
+use crate::error::{Error, Result};
+use crate::sampler::{Choice, Sampling, StopStrings, sample};
+use crate::tokenizer::{TokenId, Utf8Stream};
+use std::time::{Duration, Instant};
+
+/// What ends a reply, and how tokens are drawn.
+#[derive(Clone, Debug, Default)]
+pub struct ReplyOptions {
+    /// How tokens are drawn.
+    pub sampling: Sampling,
+    /// Most tokens to generate; `None`: as many as the context holds.
+    pub max_tokens: Option<usize>,
+    /// Texts that end the reply. They are not part of it.
+    pub stop: Vec<String>,
+    /// Tokens that end the reply; `None`: the checkpoint's.
+    pub stop_tokens: Option<Vec<TokenId>>,
+}
+
+/// Why a reply ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Finish {
+    /// A stop token was drawn.
+    StopToken,
+    /// A stop string appeared.
+    StopString,
+    /// As many tokens as asked for.
+    MaxTokens,
+    /// [`crate::Cancel::cancel`] was called.
+    Cancelled,
+}
+
+/// One drawn token.
+#[derive(Clone, Debug)]
+pub struct Token {
+    /// Its id, log-probability, and the likeliest others.
+    pub choice: Choice,
+    /// The text that it completes: whole characters only, nothing for special tokens, empty without a tokenizer.
+    pub text: String,
+    /// Set on the last token.
+    pub finish: Option<Finish>,
+}
+
+/// What a reply took.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Stats {
+    /// Tokens in the prompt.
+    pub prompt_tokens: usize,
+    /// Of these, tokens that the cache already held.
+    pub cached_tokens: usize,
+    /// Tokens drawn.
+    pub generated_tokens: usize,
+    /// From the first pull to the first token.
+    pub first_token: Duration,
+    /// From the first token to the last.
+    pub generation: Duration,
+}
+
+impl Stats {
+    /// Prompt tokens computed in a second.
+    pub fn prompt_rate(&self) -> f64 {
+        rate(self.prompt_tokens - self.cached_tokens, self.first_token)
+    }
+
+    /// Tokens drawn in a second, the first not counted.
+    pub fn generation_rate(&self) -> f64 {
+        rate(self.generated_tokens.saturating_sub(1), self.generation)
+    }
+}
+
+fn rate(count: usize, time: Duration) -> f64 {
+    if time.is_zero() { 0.0 } else { count as f64 / time.as_secs_f64() }
+}
+
+/// A reply being drawn: an iterator of tokens that borrows its session. Drop it to stop.
+#[derive(Debug)]
+pub struct Reply<'s> {
+    session: &'s mut Session,
+    options: ReplyOptions,
+    stop_tokens: Vec<TokenId>,
+    /// Tokens to compute before the next draw: the prompt, then the last token.
+    pending: Vec<TokenId>,
+    /// Tokens that the repetition penalty looks at: prompt and reply.
+    history: Vec<TokenId>,
+    utf8: Utf8Stream,
+    stops: StopStrings,
+    started: Option<Instant>,
+    first: Option<Instant>,
+    stats: Stats,
+    finish: Option<Finish>,
+    over: bool,
+}
+
+impl<'s> Reply<'s> {
+    pub(crate) fn new(session: &'s mut Session, prompt: &[TokenId], options: &ReplyOptions) -> Result<Self> {
+        options.sampling.validate()?;
+        if prompt.is_empty() {
+            return Err(Error::option("prompt", "is empty: give at least one token"));
+        }
+        let context = session.engine().context();
+        if prompt.len() > context {
+            let limit = session.engine().config().max_position_embeddings;
+            return Err(Error::ContextFull { context, tokens: prompt.len(), limit });
+        }
+        let pending = session.reuse(prompt).to_vec();
+        let stop_tokens = options.stop_tokens.clone();
+        let stop_tokens = stop_tokens.unwrap_or_else(|| session.engine().generation().eos_token_id.clone());
+        let stats =
+            Stats { prompt_tokens: prompt.len(), cached_tokens: prompt.len() - pending.len(), ..Stats::default() };
+        let over = options.max_tokens == Some(0);
+        Ok(Self {
+            stop_tokens,
+            pending,
+            history: prompt.to_vec(),
+            utf8: Utf8Stream::default(),
+            stops: StopStrings::new(options.stop.clone()),
+            options: options.clone(),
+            started: None,
+            first: None,
+            stats,
+            finish: over.then_some(Finish::MaxTokens),
+            over,
+            session,
+        })
+    }
+
+    /// Why it ended, once it has.
+    pub fn finish(&self) -> Option<Finish> {
+        self.finish
+    }
+
+    /// What it took so far.
+    pub fn stats(&self) -> Stats {
+        self.stats
+    }
+
+    fn draw(&mut self) -> Result<Option<Token>> {
+        let started = *self.started.get_or_insert_with(Instant::now);
+        let Some(logits) = self.compute()? else {
+            self.finish = Some(Finish::Cancelled);
+            return Ok(None);
+        };
+        let position = self.history.len() as u64;
+        let choice = sample(&self.options.sampling, &logits, &self.history, position)?;
+        let now = Instant::now();
+        let first = *self.first.get_or_insert(now);
+        self.stats.first_token = first - started;
+        self.stats.generation = now - first;
+        self.stats.generated_tokens += 1;
+        self.history.push(choice.id);
+        self.pending.push(choice.id);
+        let stopped = self.stop_tokens.contains(&choice.id);
+        let bytes = match self.session.engine().tokenizer() {
+            Ok(t) if !t.is_special(choice.id) => t.token_bytes(choice.id),
+            _ => Vec::new(),
+        };
+        let (mut text, hit) = self.stops.push(&self.utf8.push(&bytes));
+        self.finish = if hit {
+            Some(Finish::StopString)
+        } else if stopped {
+            Some(Finish::StopToken)
+        } else if self.options.max_tokens.is_some_and(|max| self.stats.generated_tokens >= max) {
+            Some(Finish::MaxTokens)
+        } else {
+            None
+        };
+        if self.finish.is_some() && !hit {
+            let (rest, hit) = self.stops.push(&self.utf8.finish());
+            text += &rest;
+            if !hit {
+                text += &self.stops.finish();
+            }
+        }
+        Ok(Some(Token { choice, text, finish: self.finish }))
+    }
+
+    /// Compute the pending tokens chunk by chunk. `None`: cancelled; what was computed stays in the cache.
+    fn compute(&mut self) -> Result<Option<Vec<f32>>> {
+        let chunk = self.session.chunk();
+        while self.pending.len() > chunk {
+            if self.session.take_cancel() {
+                return Ok(None);
+            }
+            self.session.feed(&self.pending[..chunk], Want::Nothing)?;
+            self.pending.drain(..chunk);
+        }
+        if self.session.take_cancel() {
+            return Ok(None);
+        }
+        let logits = self.session.feed(&self.pending, Want::Last)?;
+        self.pending.clear();
+        Ok(Some(logits))
+    }
+}
+
+impl Iterator for Reply<'_> {
+    type Item = Result<Token>;
+
+    fn next(&mut self) -> Option<Self::Item> {
+        if self.over {
+            return None;
+        }
+        let drawn = self.draw();
+        self.over = drawn.is_err() || self.finish.is_some();
+        drawn.transpose()
+    }
+}

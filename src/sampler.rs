@@ -1,0 +1,455 @@
+//! Logits to token id: penalty, filters, one random number; and stop strings in the text that comes out.
+//!
+//! A choice is a pure function of the options, the logits, the history and the position: no state, no call order.
+
+use std::{cmp::Ordering, collections::HashSet};
+
+use crate::error::{Error, Result};
+
+mod philox;
+mod stop;
+
+pub use stop::StopStrings;
+
+/// How tokens are chosen. The steps are applied in the order of the fields, which is the order of transformers:
+/// repetition penalty, temperature, top-k, top-p, min-p; each sees what the one before it left, renormalised.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Sampling {
+    /// Logits of tokens in the history are divided by it where positive and multiplied where negative, once a token.
+    /// Above 0; 1 is off.
+    pub repetition_penalty: f32,
+    /// Logits are divided by it. 0 is greedy: the largest logit after the penalty, of equal ones the lowest id.
+    pub temperature: f32,
+    /// Only this many of the likeliest tokens stay; 0 is off. Of equal ones the lowest ids stay (transformers keeps all).
+    pub top_k: usize,
+    /// The likeliest tokens stay until their probabilities reach this sum, at least one. 0 to 1; 1 is off.
+    pub top_p: f32,
+    /// Tokens stay that are at least this fraction as likely as the likeliest. 0 to 1; 0 is off.
+    pub min_p: f32,
+    /// Seed of the random numbers: equal seeds, streams and positions draw equal numbers.
+    pub seed: u64,
+    /// Tells conversations with the same seed apart.
+    pub stream: u64,
+    /// How many of the likeliest tokens [`Choice::top`] lists.
+    pub top_logprobs: usize,
+}
+
+impl Default for Sampling {
+    /// The model's own distribution: temperature 1, everything else off, seed 0.
+    fn default() -> Self {
+        Self {
+            repetition_penalty: 1.0,
+            temperature: 1.0,
+            top_k: 0,
+            top_p: 1.0,
+            min_p: 0.0,
+            seed: 0,
+            stream: 0,
+            top_logprobs: 0,
+        }
+    }
+}
+
+impl Sampling {
+    /// Always the likeliest token.
+    pub fn greedy() -> Self {
+        Self { temperature: 0.0, ..Self::default() }
+    }
+
+    /// Checks every range.
+    ///
+    /// # Errors
+    /// [`Error::Option`] names the first option out of its range; NaN is out of every range.
+    pub fn validate(&self) -> Result<()> {
+        let check = |option, value: f32, ok: bool, range: &str| match ok {
+            true => Ok(()),
+            false => Err(Error::option(option, format!("{value} is out of range: {range}"))),
+        };
+        let (penalty, temperature) = (self.repetition_penalty, self.temperature);
+        check("repetition_penalty", penalty, penalty.is_finite() && penalty > 0.0, "above 0; 1 turns it off")?;
+        check("temperature", temperature, temperature.is_finite() && temperature >= 0.0, "0 (greedy) or more")?;
+        check("top_p", self.top_p, (0.0..=1.0).contains(&self.top_p), "0 to 1; 1 turns it off")?;
+        check("min_p", self.min_p, (0.0..=1.0).contains(&self.min_p), "0 to 1; 0 turns it off")
+    }
+}
+
+/// A chosen token. Log-probabilities are natural logarithms of the model's own distribution, the softmax of the logits
+/// as they came: before penalty, temperature and filters, so that they mean the same under all options.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Choice {
+    /// The token.
+    pub id: u32,
+    /// Its log-probability.
+    pub logprob: f32,
+    /// The likeliest tokens with their log-probabilities, in falling order, of equal ones the lowest id first;
+    /// [`Sampling::top_logprobs`] of them, or the whole vocabulary if that is smaller.
+    pub top: Vec<(u32, f32)>,
+}
+
+/// Chooses the token at `position` of a conversation.
+///
+/// `logits` is `[V]`; minus infinity forbids a token. `history` holds the ids that the repetition penalty counts
+/// (prompt and answer; ids of V and above are ignored). `position` makes each draw of a conversation a new one.
+/// The kept tokens are lined up by falling logit, of equal ones the lowest id first, and the random number picks along
+/// that line (inverse CDF). All sums are in f64.
+///
+/// # Errors
+/// What [`Sampling::validate`] refuses; [`Error::Device`] if the logits contain NaN or plus infinity, or no token that
+/// can be chosen: then a kernel or the checkpoint is at fault, and any choice would hide it.
+pub fn sample(sampling: &Sampling, logits: &[f32], history: &[u32], position: u64) -> Result<Choice> {
+    sampling.validate()?;
+    let largest = largest_logit(logits)?;
+
+    let penalised = penalise(logits, history, sampling.repetition_penalty);
+    let id = if sampling.temperature == 0.0 {
+        argmax(&penalised)
+    } else {
+        draw(sampling, &penalised, philox::uniform(sampling.seed, sampling.stream, position))
+    };
+
+    let sum: f64 = logits.iter().map(|&l| (f64::from(l) - largest).exp()).sum();
+    let logprob = |logit: f32| (f64::from(logit) - largest - sum.ln()) as f32;
+    let mut ranked = Ranked::new(if sampling.top_logprobs > 0 { logits } else { &[] });
+    let n_top = sampling.top_logprobs.min(ranked.tokens.len());
+    let top = (0..n_top).map(|rank| ranked.get(rank)).map(|(logit, id)| (id, logprob(logit))).collect();
+    Ok(Choice { id, logprob: logprob(logits[id as usize]), top })
+}
+
+fn largest_logit(logits: &[f32]) -> Result<f64> {
+    let refuse =
+        |what: String| Err(Error::Device(format!("the logits {what}: a kernel or the checkpoint is at fault")));
+    if let Some(id) = logits.iter().position(|l| l.is_nan() || *l == f32::INFINITY) {
+        let what = if logits[id].is_nan() { "NaN" } else { "infinity" };
+        return refuse(format!("contain {what} (first at token {id} of {})", logits.len()));
+    }
+    match logits.iter().copied().fold(f32::NEG_INFINITY, f32::max) {
+        f32::NEG_INFINITY => refuse(format!("leave no token to choose ({} tokens)", logits.len())),
+        largest => Ok(f64::from(largest)),
+    }
+}
+
+/// Once for each distinct id, however often it occurs. In f32, as transformers does; clamped where that overflows.
+fn penalise(logits: &[f32], history: &[u32], penalty: f32) -> Vec<f32> {
+    let mut out = logits.to_vec();
+    if penalty != 1.0 {
+        for id in history.iter().map(|&id| id as usize).filter(|&id| id < logits.len()).collect::<HashSet<_>>() {
+            let logit = logits[id];
+            let penalised = if logit < 0.0 { logit * penalty } else { logit / penalty };
+            // A forbidden token stays forbidden, a possible one possible.
+            out[id] = if logit.is_finite() { penalised.clamp(f32::MIN, f32::MAX) } else { logit };
+        }
+    }
+    out
+}
+
+/// The largest logit's token, of equal ones the lowest id.
+fn argmax(logits: &[f32]) -> u32 {
+    let (_, id) =
+        logits.iter().zip(0..).fold((f32::NEG_INFINITY, 0), |best, (&l, id)| if l > best.0 { (l, id) } else { best });
+    id
+}
+
+/// The token that `uniform`, a number in [0, 1), picks from the filtered distribution.
+fn draw(sampling: &Sampling, logits: &[f32], uniform: f64) -> u32 {
+    let mut ranked = Ranked::new(logits);
+    let largest = f64::from(ranked.get(0).0);
+    let temperature = f64::from(sampling.temperature);
+    // Unnormalised probability: 1 for the likeliest token, so min-p compares with it directly.
+    let weight = |logit: f32| ((f64::from(logit) - largest) / temperature).exp();
+
+    if (1..logits.len()).contains(&sampling.top_k) {
+        ranked.keep(sampling.top_k);
+    }
+    let n_after_top_k = ranked.tokens.len();
+    // Without top-k the sum runs in the order of ids, so that it does not depend on how far the ranking has come.
+    let mut mass: f64 = match n_after_top_k == logits.len() {
+        true => logits.iter().map(|&l| weight(l)).sum(),
+        false => ranked.tokens.iter().map(|&(l, _)| weight(l)).sum(),
+    };
+
+    // Top-p and min-p each keep the front of the line.
+    let (top_p, min_p) = (f64::from(sampling.top_p), f64::from(sampling.min_p));
+    let mut n_kept = n_after_top_k;
+    if top_p < 1.0 || min_p > 0.0 {
+        let mut before = 0.0;
+        for rank in 0..n_after_top_k {
+            let w = weight(ranked.get(rank).0);
+            if rank > 0 && ((top_p < 1.0 && before >= top_p * mass) || w < min_p) {
+                n_kept = rank;
+                break;
+            }
+            before += w;
+        }
+        mass = before;
+    }
+
+    let target = uniform * mass;
+    let (mut sum, mut chosen) = (0.0, ranked.get(0).1);
+    for rank in 0..n_kept {
+        let (logit, id) = ranked.get(rank);
+        match weight(logit) {
+            0.0 => break,
+            w => sum += w,
+        }
+        chosen = id;
+        if sum > target {
+            break;
+        }
+    }
+    chosen // if rounding kept the sum below the target: the last token that has any weight
+}
+
+/// Tokens by falling logit, of equal ones the lowest id first; sorted only as far as anyone has looked, since a
+/// vocabulary is large and the choice nearly always lies near the front.
+struct Ranked {
+    tokens: Vec<(f32, u32)>,
+    n_sorted: usize,
+}
+
+impl Ranked {
+    fn new(logits: &[f32]) -> Self {
+        Self { tokens: logits.iter().copied().zip(0..).collect(), n_sorted: 0 }
+    }
+
+    /// The logit and id at a rank.
+    fn get(&mut self, rank: usize) -> (f32, u32) {
+        if rank >= self.n_sorted {
+            self.sort_at_least(rank + 1);
+        }
+        self.tokens[rank]
+    }
+
+    /// Drops all but the first `n`.
+    fn keep(&mut self, n: usize) {
+        self.sort_at_least(n);
+        self.tokens.truncate(n);
+        self.n_sorted = self.n_sorted.min(n);
+    }
+
+    fn sort_at_least(&mut self, n: usize) {
+        let n = n.max(4 * self.n_sorted).max(64).min(self.tokens.len());
+        let rest = &mut self.tokens[self.n_sorted..];
+        let n_new = n - self.n_sorted;
+        if n_new < rest.len() {
+            rest.select_nth_unstable_by(n_new, by_rank);
+        }
+        rest[..n_new].sort_unstable_by(by_rank);
+        self.n_sorted = n;
+    }
+}
+
+fn by_rank(a: &(f32, u32), b: &(f32, u32)) -> Ordering {
+    b.0.partial_cmp(&a.0).expect("NaN was refused before ranking").then(a.1.cmp(&b.1))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Ids drawn at positions 0..n.
+    fn ids(sampling: &Sampling, logits: &[f32], n: u64) -> Vec<u32> {
+        (0..n).map(|p| sample(sampling, logits, &[], p).unwrap().id).collect()
+    }
+
+    /// The distinct ids among many draws.
+    fn support(sampling: &Sampling, logits: &[f32]) -> Vec<u32> {
+        let mut ids = ids(sampling, logits, 4000);
+        ids.sort_unstable();
+        ids.dedup();
+        ids
+    }
+
+    fn log(p: &[f32]) -> Vec<f32> {
+        p.iter().map(|p| p.ln()).collect()
+    }
+
+    /// Uneven logits without a pattern.
+    fn uneven(n: usize) -> Vec<f32> {
+        (0..n).map(|i| philox::uniform(7, 0, i as u64) as f32 * 8.0 - 4.0).collect()
+    }
+
+    /// Chi-square of 20000 draws against probabilities.
+    fn chi_square(sampling: &Sampling, logits: &[f32], want: &[f64]) -> f64 {
+        const N: u64 = 20_000;
+        let mut counts = vec![0.0; want.len()];
+        for id in ids(sampling, logits, N) {
+            counts[id as usize] += 1.0;
+        }
+        let term = |(c, p): (&f64, &f64)| if *p == 0.0 { c * 1e9 } else { (c - p * N as f64).powi(2) / (p * N as f64) };
+        counts.iter().zip(want).map(term).sum()
+    }
+
+    #[test]
+    fn greedy_takes_the_largest_and_the_lowest_id_of_equals() {
+        let choice = |logits: &[f32]| sample(&Sampling::greedy(), logits, &[], 0).unwrap().id;
+        assert_eq!(choice(&[0.0, 2.0, -1.0, 2.0]), 1);
+        assert_eq!(choice(&[-0.0, 0.0]), 0);
+        assert_eq!(choice(&[f32::NEG_INFINITY, f32::MIN]), 1);
+        let mut large = uneven(1000);
+        (large[900], large[123]) = (9.0, 9.0);
+        assert_eq!(choice(&large), 123);
+    }
+
+    #[test]
+    fn logprobs_are_the_models_own() {
+        let logits = log(&[0.1, 0.2, 0.3, 0.4]).iter().map(|l| l + 5.0).collect::<Vec<_>>();
+        let filtered = Sampling { top_k: 1, temperature: 0.3, top_logprobs: 2, ..Sampling::default() };
+        let choice = sample(&filtered, &logits, &[], 0).unwrap();
+        let near = |a: f32, b: f32| (a - b.ln()).abs() < 1e-6;
+        assert_eq!(choice.id, 3);
+        assert!(near(choice.logprob, 0.4), "{choice:?}");
+        assert!(
+            choice.top[0].0 == 3 && near(choice.top[0].1, 0.4) && choice.top[1].0 == 2 && near(choice.top[1].1, 0.3)
+        );
+        let all = Sampling { top_logprobs: 9, ..Sampling::greedy() };
+        assert_eq!(
+            sample(&all, &[1.0, 3.0, 3.0], &[], 0).unwrap().top.iter().map(|t| t.0).collect::<Vec<_>>(),
+            [1, 2, 0]
+        );
+    }
+
+    #[test]
+    fn repetition_penalty_weakens_both_signs_once() {
+        assert_eq!(penalise(&[4.0, -4.0, 1.0, 0.0], &[0, 1, 1, 0, 3, 99], 2.0), [2.0, -8.0, 1.0, 0.0]);
+        assert_eq!(
+            penalise(&[f32::NEG_INFINITY, f32::MIN, f32::MAX], &[0, 1, 2], 2.0)[..2],
+            [f32::NEG_INFINITY, f32::MIN]
+        );
+        let sampling = Sampling { repetition_penalty: 2.0, ..Sampling::greedy() };
+        assert_eq!(sample(&sampling, &[4.0, 3.0], &[], 0).unwrap().id, 0);
+        assert_eq!(sample(&sampling, &[4.0, 3.0], &[0], 0).unwrap().id, 1);
+    }
+
+    #[test]
+    fn top_k_keeps_the_likeliest_and_the_lowest_ids_of_equals() {
+        let logits = [1.0, 2.0, 1.5, 1.5, 1.5];
+        assert_eq!(support(&Sampling { top_k: 3, ..Sampling::default() }, &logits), [1, 2, 3]);
+        assert_eq!(support(&Sampling { top_k: 0, ..Sampling::default() }, &logits), [0, 1, 2, 3, 4]);
+        assert_eq!(support(&Sampling { top_k: 50, ..Sampling::default() }, &logits), [0, 1, 2, 3, 4]);
+    }
+
+    #[test]
+    fn top_p_keeps_tokens_until_the_sum_is_reached() {
+        let logits = log(&[0.1, 0.4, 0.3, 0.2]);
+        let kept = |top_p: f32| support(&Sampling { top_p, ..Sampling::default() }, &logits);
+        assert_eq!(kept(0.0), [1]);
+        assert_eq!(kept(0.39), [1]);
+        assert_eq!(kept(0.41), [1, 2]);
+        assert_eq!(kept(0.71), [1, 2, 3]);
+        assert_eq!(kept(0.95), [0, 1, 2, 3]);
+        // The sum is that of what top-k left: 0.4 and 0.3 become 0.57 and 0.43.
+        assert_eq!(support(&Sampling { top_k: 2, top_p: 0.5, ..Sampling::default() }, &logits), [1]);
+        // Temperature comes first: at 0.25 the best token alone has 0.72.
+        assert_eq!(support(&Sampling { temperature: 0.25, top_p: 0.7, ..Sampling::default() }, &logits), [1]);
+    }
+
+    #[test]
+    fn min_p_compares_with_the_likeliest() {
+        let logits = log(&[0.1, 0.4, 0.3, 0.2]);
+        let kept = |min_p: f32| support(&Sampling { min_p, ..Sampling::default() }, &logits);
+        assert_eq!(kept(0.2), [0, 1, 2, 3]);
+        assert_eq!(kept(0.3), [1, 2, 3]);
+        assert_eq!(kept(0.7), [1, 2]);
+        assert_eq!(kept(1.0), [1]);
+        assert_eq!(support(&Sampling { min_p: 1.0, ..Sampling::default() }, &[1.0, 1.0, 0.0]), [0, 1]);
+    }
+
+    #[test]
+    fn draws_follow_the_distribution() {
+        // Bounds: the 0.999 quantile of chi-square with 3, 1 and 299 degrees of freedom. Seeds are fixed.
+        let logits = log(&[0.1, 0.4, 0.3, 0.2]);
+        for seed in [0, 1, u64::MAX] {
+            let plain = Sampling { seed, ..Sampling::default() };
+            assert!(chi_square(&plain, &logits, &[0.1, 0.4, 0.3, 0.2].map(f64::from)) < 16.27);
+            let sharp = Sampling { temperature: 0.5, ..plain.clone() };
+            assert!(chi_square(&sharp, &logits, &[0.01, 0.16, 0.09, 0.04].map(|p| p / 0.3)) < 16.27);
+            let filtered = Sampling { top_k: 3, top_p: 0.6, stream: 5, ..plain.clone() };
+            assert!(chi_square(&filtered, &logits, &[0.0, 0.4 / 0.7, 0.3 / 0.7, 0.0]) < 10.83);
+            // The comparison can fail.
+            assert!(chi_square(&plain, &logits, &[0.12, 0.38, 0.3, 0.2]) > 16.27);
+
+            let many = uneven(300);
+            let sum: f64 = many.iter().map(|&l| f64::from(l).exp()).sum();
+            let want: Vec<f64> = many.iter().map(|&l| f64::from(l).exp() / sum).collect();
+            assert!(chi_square(&plain, &many, &want) < 381.0);
+        }
+    }
+
+    #[test]
+    fn the_line_is_by_falling_logit_and_ends_at_the_last_possible_token() {
+        let mut logits = uneven(500);
+        logits[3] = f32::NEG_INFINITY;
+        let mut sorted: Vec<(f32, u32)> = logits.iter().copied().zip(0..).collect();
+        sorted.sort_by(by_rank);
+        assert_eq!(draw(&Sampling::default(), &logits, 0.0), sorted[0].1);
+        assert_eq!(draw(&Sampling::default(), &logits, 1.0), sorted[498].1);
+        let mut ranked = Ranked::new(&logits);
+        assert_eq!([0, 70, 63, 64, 499, 300].map(|r| ranked.get(r)), [0, 70, 63, 64, 499, 300].map(|r| sorted[r]));
+        for top_k in [1, 63, 64, 65, 499] {
+            assert_eq!(draw(&Sampling { top_k, ..Sampling::default() }, &logits, 1.0), sorted[top_k - 1].1);
+        }
+    }
+
+    #[test]
+    fn a_draw_depends_on_its_place_alone() {
+        let logits = uneven(100);
+        let sampling = Sampling { seed: 9, top_p: 0.9, ..Sampling::default() };
+        let forward = ids(&sampling, &logits, 200);
+        let mut backward: Vec<u32> = (0..200).rev().map(|p| sample(&sampling, &logits, &[], p).unwrap().id).collect();
+        backward.reverse();
+        assert_eq!(forward, backward);
+        assert_ne!(forward, ids(&Sampling { stream: 1, ..sampling.clone() }, &logits, 200));
+        assert_ne!(forward, ids(&Sampling { seed: 10, ..sampling.clone() }, &logits, 200));
+    }
+
+    #[test]
+    fn extreme_temperatures_stay_numbers() {
+        let logits = uneven(100);
+        let best = sample(&Sampling::greedy(), &logits, &[], 0).unwrap().id;
+        assert_eq!(support(&Sampling { temperature: f32::from_bits(1), ..Sampling::default() }, &logits), [best]);
+        assert_eq!(support(&Sampling { temperature: f32::MAX, ..Sampling::default() }, &logits).len(), 100);
+        assert_eq!(support(&Sampling::default(), &[f32::MIN, f32::MAX]), [1]);
+    }
+
+    #[test]
+    fn options_out_of_range_are_named() {
+        let ok = Sampling::default();
+        let bad = [
+            ("temperature", Sampling { temperature: -0.1, ..ok.clone() }),
+            ("temperature", Sampling { temperature: f32::NAN, ..ok.clone() }),
+            ("temperature", Sampling { temperature: f32::INFINITY, ..ok.clone() }),
+            ("top_p", Sampling { top_p: 1.1, ..ok.clone() }),
+            ("top_p", Sampling { top_p: f32::NAN, ..ok.clone() }),
+            ("min_p", Sampling { min_p: -0.5, ..ok.clone() }),
+            ("min_p", Sampling { min_p: f32::NAN, ..ok.clone() }),
+            ("repetition_penalty", Sampling { repetition_penalty: 0.0, ..ok.clone() }),
+            ("repetition_penalty", Sampling { repetition_penalty: f32::NAN, ..ok.clone() }),
+        ];
+        for (name, sampling) in bad {
+            for result in [sampling.validate(), sample(&sampling, &[1.0], &[], 0).map(|_| ())] {
+                match result {
+                    Err(Error::Option { option, .. }) => assert_eq!(option, name),
+                    other => panic!("{name}: {other:?}"),
+                }
+            }
+        }
+        ok.validate().unwrap();
+        Sampling::greedy().validate().unwrap();
+    }
+
+    #[test]
+    fn broken_logits_are_an_error() {
+        let bad: [(&[f32], &str); 4] = [
+            (&[1.0, f32::NAN], "contain NaN"),
+            (&[1.0, f32::INFINITY], "contain infinity"),
+            (&[f32::NEG_INFINITY; 3], "leave no token"),
+            (&[], "leave no token"),
+        ];
+        for (logits, text) in bad {
+            for sampling in [Sampling::default(), Sampling::greedy()] {
+                let error = sample(&sampling, logits, &[], 0).unwrap_err();
+                assert!(matches!(&error, Error::Device(_)) && error.to_string().contains(text), "{error}");
+            }
+        }
+    }
+}

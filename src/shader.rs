@@ -1,0 +1,142 @@
+//! The WGSL sources and how they are put together: a kernel's `#import name` lines are replaced by files of
+//! `shaders/shared/`, a slot's name by the file chosen to fill it. No text is substituted, no `#ifdef`.
+
+use std::borrow::Cow;
+
+/// One file of `shaders/`: a kernel with the slots that are left open in it.
+#[derive(Debug)]
+pub struct Kernel {
+    /// The file's stem.
+    pub name: &'static str,
+    /// The WGSL source, imports not yet resolved.
+    pub source: &'static str,
+    /// The open slots, each with every file that may fill it.
+    pub slots: &'static [Slot],
+}
+
+/// A hole in a kernel that several shared files fit.
+#[derive(Debug)]
+pub struct Slot {
+    /// The name in `#import`.
+    pub name: &'static str,
+    /// Stems of the files in `shaders/shared/` that fill it.
+    pub fillings: &'static [&'static str],
+}
+
+/// A weight matrix by its format on disk.
+pub(crate) const WEIGHTS: Slot = Slot { name: "weights", fillings: &["weights_bf16", "weights_mxfp4"] };
+/// A bias, or none.
+pub(crate) const BIAS: Slot = Slot { name: "bias", fillings: &["bias_bf16", "bias_none"] };
+/// The sum of eight neighbouring lanes; the adapter decides.
+pub(crate) const REDUCE: Slot = Slot { name: "reduce", fillings: &["reduce_subgroup", "reduce_shared"] };
+/// Tokens that a workgroup carries.
+pub(crate) const TILE: Slot = Slot { name: "tile", fillings: &["tile_1", "tile_8"] };
+/// The cache's format, read.
+pub(crate) const CACHE: Slot = Slot { name: "cache", fillings: &["cache_f32", "cache_bf16"] };
+/// The cache's format, written.
+pub(crate) const APPEND: Slot = Slot { name: "append", fillings: &["append_f32", "append_bf16"] };
+
+macro_rules! shared {
+    ($($name:literal),* $(,)?) => {
+        /// The files of `shaders/shared/`: stem and source.
+        pub const SHARED: &[(&str, &str)] =
+            &[$(($name, include_str!(concat!("../shaders/shared/", $name, ".wgsl")))),*];
+    };
+}
+
+shared!(
+    "append_bf16",
+    "append_f32",
+    "bf16",
+    "bias_bf16",
+    "bias_none",
+    "cache_bf16",
+    "cache_f32",
+    "dot8",
+    "exp",
+    "reduce_shared",
+    "reduce_subgroup",
+    "row",
+    "step",
+    "tile_1",
+    "tile_8",
+    "weights_bf16",
+    "weights_mxfp4",
+);
+
+/// A kernel's whole source with every slot filled. Each shared file appears once, before its first use.
+///
+/// # Panics
+/// If a slot has no filling or an import no file: both are bugs here, found by the test that composes everything.
+pub fn compose(kernel: &Kernel, fillings: &[(&str, &str)]) -> String {
+    let mut out = String::new();
+    let mut seen = Vec::new();
+    include(kernel.name, kernel.source, fillings, &mut seen, &mut out);
+    out
+}
+
+fn include(name: &str, source: &str, fillings: &[(&str, &str)], seen: &mut Vec<String>, out: &mut String) {
+    for line in source.lines() {
+        let Some(import) = line.strip_prefix("#import ") else {
+            out.push_str(line);
+            out.push('\n');
+            continue;
+        };
+        let import = import.split_whitespace().next().expect("an import names a file");
+        let file = fillings.iter().find(|(slot, _)| *slot == import).map_or(import, |(_, file)| file);
+        if seen.iter().any(|s| s == file) {
+            continue;
+        }
+        seen.push(file.to_owned());
+        let (_, text) = SHARED
+            .iter()
+            .find(|(stem, _)| *stem == file)
+            .unwrap_or_else(|| panic!("{name}.wgsl imports {import}, which no file of shaders/shared fills"));
+        include(file, text, fillings, seen, out);
+    }
+}
+
+/// A variable that a composed kernel binds.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Binding {
+    /// Its name.
+    pub name: String,
+    /// Its `@binding` number, in group 0.
+    pub index: u32,
+    /// Whether the kernel may write it.
+    pub writable: bool,
+    /// Whether it is a uniform.
+    pub uniform: bool,
+}
+
+/// The variables that a module binds, in order of their numbers.
+pub fn bindings(module: &naga::Module) -> Vec<Binding> {
+    let mut found: Vec<Binding> = module
+        .global_variables
+        .iter()
+        .filter_map(|(_, v)| {
+            let writable = match v.space {
+                naga::AddressSpace::Storage { access } => access.contains(naga::StorageAccess::STORE),
+                _ => false,
+            };
+            let uniform = v.space == naga::AddressSpace::Uniform;
+            v.binding.map(|b| Binding { name: v.name.clone().unwrap_or_default(), index: b.binding, writable, uniform })
+        })
+        .collect();
+    found.sort_by_key(|b| b.index);
+    found
+}
+
+/// Parse a composed kernel. The error shows the line at fault.
+pub fn parse(name: &str, source: &str) -> Result<naga::Module, String> {
+    naga::front::wgsl::parse_str(source).map_err(|e| format!("{name}: {}", e.emit_to_string(source)))
+}
+
+/// A short name for a kernel and its fillings: `linear(bf16, tile_8)`.
+pub fn label(kernel: &Kernel, fillings: &[(&'static str, &'static str)]) -> Cow<'static, str> {
+    if fillings.is_empty() {
+        return Cow::Borrowed(kernel.name);
+    }
+    let files: Vec<&str> = fillings.iter().map(|(_, file)| *file).collect();
+    Cow::Owned(format!("{}({})", kernel.name, files.join(", ")))
+}

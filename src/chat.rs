@@ -4,8 +4,7 @@ use crate::engine::Session;
 use crate::error::Result;
 use crate::reply::{Reply, ReplyOptions, Stats};
 use crate::sampler::StopStrings;
-use crate::tokenizer::harmony::{Channel, Event, HarmonyParser};
-use crate::tokenizer::{ChatOptions, Message};
+use crate::tokenizer::{Channel, ChatOptions, Event, HarmonyParser, Message};
 use std::collections::VecDeque;
 
 /// A session with the messages that were exchanged in it.

@@ -12,7 +12,7 @@ macro_rules! files {
 
 /// The default model, `models/fireside`.
 #[cfg(feature = "default-model")]
-pub(crate) fn main() -> Result<Checkpoint> {
+pub fn main() -> Result<Checkpoint> {
     Checkpoint::embedded(
         "fireside",
         files!(
@@ -31,7 +31,7 @@ pub(crate) fn main() -> Result<Checkpoint> {
 
 /// The default model is not in this binary.
 #[cfg(not(feature = "default-model"))]
-pub(crate) fn main() -> Result<Checkpoint> {
+pub fn main() -> Result<Checkpoint> {
     Err(crate::Error::option(
         "model",
         "this binary was built without the default model: name a checkpoint's directory, or build with the feature \

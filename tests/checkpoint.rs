@@ -5,8 +5,8 @@ use std::panic::catch_unwind;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use fourfold::Error;
 use fourfold::checkpoint::Mapping;
+use fourfold::{DeviceChoice, Engine, Error};
 
 use crate::mutator::{self, CONFIG, INDEX, Random, SHARDS};
 
@@ -105,63 +105,43 @@ fn scratch(name: &str) -> PathBuf {
 
 /// Everything that happens to a checkpoint before the first token.
 fn load(dir: &Path, mapping: Mapping) -> Result<(), Error> {
-    placeholder::load(dir, mapping)
+    let engine = Engine::builder().checkpoint(dir).mapping(mapping).device(DeviceChoice::Cpu).context(64);
+    engine.build()?.session().map(|_| ())
 }
 
-/// Stands in for the engine's own loading: to be replaced by `Engine::builder().checkpoint(dir)` on the CPU.
-mod placeholder {
-    use std::collections::HashSet;
-
-    use fourfold::checkpoint::{Checkpoint, Dtype, check_e8m0};
-    use fourfold::config::{Config, GenerationConfig};
-
-    use super::*;
-
-    pub(super) fn load(dir: &Path, mapping: Mapping) -> Result<(), Error> {
-        let checkpoint = Checkpoint::open(dir, mapping)?;
-        let config = Config::from_json(&checkpoint.path(CONFIG), checkpoint.require(CONFIG)?)?;
-        let generation = "generation_config.json";
-        if let Some(bytes) = checkpoint.file(generation) {
-            GenerationConfig::from_json(&checkpoint.path(generation), bytes, &config)?;
+/// Tokenizers and templates that cannot work beside weights that can.
+#[test]
+fn broken_tokenizers_and_templates_give_one_clear_error() {
+    let folder = mutator::copy_fixture("tiny", &scratch("text"));
+    let model = Path::new(env!("CARGO_MANIFEST_DIR")).join("models/fireside");
+    let whole = fs::read(model.join("tokenizer.json")).unwrap();
+    let text = String::from_utf8(whole.clone()).unwrap();
+    let tokenizer = "tokenizer.json";
+    let template = "chat_template.jinja";
+    let cases: Vec<(&str, &str, Vec<u8>, &str)> = vec![
+        ("empty", tokenizer, Vec::new(), tokenizer),
+        ("no object", tokenizer, b"[1, 2]".to_vec(), tokenizer),
+        ("no model", tokenizer, b"{}".to_vec(), tokenizer),
+        ("half", tokenizer, whole[..whole.len() / 2].to_vec(), tokenizer),
+        ("not UTF-8", tokenizer, [&whole[..100], &[0xff, 0xfe][..], &whole[100..]].concat(), tokenizer),
+        ("unknown model", tokenizer, text.replace("\"BPE\"", "\"XYZ\"").into_bytes(), tokenizer),
+        ("more tokens than the model", tokenizer, whole.clone(), "has 4096 tokens, but the model has only 512"),
+        ("syntax", template, b"{% for m in messages %}{{ m.content }}".to_vec(), template),
+        ("unknown filter syntax", template, b"{{ messages | }}".to_vec(), template),
+        ("not UTF-8", template, vec![b'a', 0xff], template),
+        ("too long", template, vec![b'a'; 2 << 20], template),
+    ];
+    for (name, file, bytes, expect) in cases {
+        // A template is read where there is a tokenizer for it.
+        folder.write(tokenizer, &whole);
+        folder.write(file, &bytes);
+        for mapping in MAPPINGS {
+            let message = attempt(&folder.0, mapping).unwrap_or_else(|fault| panic!("{file}, {name}: {fault}"));
+            let message = message.unwrap_or_else(|| panic!("{file}, {name}: loaded as if nothing were wrong"));
+            assert!(message.contains(expect), "{file}, {name}: {message}");
         }
-        let mut used = HashSet::new();
-        let mut check = |name: String, dtype: Dtype, shape: &[usize]| -> Result<(), Error> {
-            let tensor = checkpoint.tensor(&name)?;
-            tensor.expect(dtype, shape)?;
-            if name.ends_with("_scales") {
-                check_e8m0(&tensor)?;
-            }
-            used.insert(name);
-            Ok(())
-        };
-        let (v, d, f, e) = (config.vocab_size, config.hidden_size, config.intermediate_size, config.num_local_experts);
-        let q = config.num_attention_heads * config.head_dim;
-        let kv = config.num_key_value_heads * config.head_dim;
-        check("model.embed_tokens.weight".into(), Dtype::Bf16, &[v, d])?;
-        check("lm_head.weight".into(), Dtype::Bf16, &[v, d])?;
-        check("model.norm.weight".into(), Dtype::Bf16, &[d])?;
-        for layer in 0..config.num_hidden_layers {
-            let name = |rest: &str| format!("model.layers.{layer}.{rest}");
-            for (rest, rows, columns) in [
-                ("self_attn.q_proj", q, d),
-                ("self_attn.k_proj", kv, d),
-                ("self_attn.v_proj", kv, d),
-                ("self_attn.o_proj", d, q),
-                ("mlp.router", e, d),
-            ] {
-                check(name(rest) + ".weight", Dtype::Bf16, &[rows, columns])?;
-                check(name(rest) + ".bias", Dtype::Bf16, &[rows])?;
-            }
-            check(name("input_layernorm.weight"), Dtype::Bf16, &[d])?;
-            check(name("post_attention_layernorm.weight"), Dtype::Bf16, &[d])?;
-            check(name("self_attn.sinks"), Dtype::Bf16, &[config.num_attention_heads])?;
-            for (rest, rows, columns) in [("gate_up_proj", 2 * f, d), ("down_proj", d, f)] {
-                let name = |part: &str| name(&format!("mlp.experts.{rest}_{part}"));
-                check(name("blocks"), Dtype::U8, &[e, rows, columns / 32, 16])?;
-                check(name("scales"), Dtype::U8, &[e, rows, columns / 32])?;
-                check(name("bias"), Dtype::Bf16, &[e, rows])?;
-            }
-        }
-        checkpoint.check_all_used(&used)
+        let _ = fs::remove_file(folder.0.join(template));
     }
+    let _ = fs::remove_file(folder.0.join(tokenizer));
+    load(&folder.0, Mapping::Mmap).unwrap();
 }

@@ -1,1 +1,13 @@
+//! The one integration binary. A line on what goes where:
 
+mod harness; // device or visible failure, inputs, comparison (itself tested)
+
+mod checkpoint; // malformed files: every one a clear error, in time, with no panic
+mod engine; // sessions: chunks, reuse, cutting back, cancelling, errors, several engines on one device
+mod format; // number formats against outside vectors, exhaustively
+mod kernels; // every kernel x shape x slot filling against its twin; bits independent of neighbours
+mod models; // tiny checkpoints: GPU = twins = golden of other people's code
+mod mutator; // breaks checkpoints for `checkpoint`
+mod shaders; // all slot fillings compose, validate, translate; Rust and WGSL agree on bindings (no GPU needed)
+mod text; // tokenizer, templates, Harmony against outside vectors
+mod tidy; // the rules of the code base that a machine can check

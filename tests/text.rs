@@ -481,6 +481,12 @@ fn hostile_templates_are_errors_and_quick() {
         (format!("{double}{{% set n.l = {{'k': n.l, 'm': n.l}} %}}{{% endfor %}}{{{{ n.l | tojson }}}}"), "100000 items"),
         ("{% set n = namespace(s='') %}{% for i in range(100000) %}{% set n.s = n.s ~ 'abcdefgh' * 30 %}{% endfor %}".into(), "MiB"),
         ("{% for i in range(100000) %}{{ 'x' * 10000 }}{% endfor %}".into(), "MiB"),
+        (
+            format!("{{% set s %}}{{% for i in range(100000) %}}{}{{% endfor %}}{{% endset %}}", "text ".repeat(100_000)),
+            "more than 128 MiB",
+        ),
+        (format!("\n{{% for i in range(100000) %}}{}{{% endfor %}}", " ".repeat(10_000)), "from line 2"),
+        (format!("{{% raw %}}{}{{% endraw %}}", "text ".repeat(1000)), "from line 1"),
         (format!("{{% for i in range(100000) %}}{}{{% endfor %}}", "x".repeat(10_000)), "writes more than 8 MiB"),
         (format!("{{% set s = 'x' * 10000 %}}{}", "{% set s = s ~ s %}".repeat(30)), "more than 8 MiB"),
         ("{{ '%0999999999d' | format(1) }}{{ '{:999999999}'.format(1) }}".into(), "wide format"),
@@ -508,6 +514,12 @@ fn hostile_templates_are_errors_and_quick() {
         assert!(error.len() < 3000 && !error.contains("__"), "{error}");
         assert!(begun.elapsed() < Duration::from_secs(1), "{shown}: {:?}", begun.elapsed());
     }
+    // A long conversation is no attack, also where a template looks at all messages for each.
+    let source = "{% for m in messages %}{% if loop.index0 == messages | length - 1 %}{{ m.content | trim | length }}\
+        {% endif %}{% endfor %}{{ messages[-1].content ~ (messages | selectattr('role', 'eq', 'user') | list | last).role }}";
+    let long: Vec<Message> = (0..1000).map(|i| say("user", &format!("{i} ").repeat(500))).collect();
+    let text = ChatTemplate::new("long", source).unwrap().render(&long, true, &ChatOptions::default()).unwrap();
+    assert!(text.starts_with("1999999 999") && text.ends_with("999 user"), "{text}");
     // Deeply nested values are freed without a fault.
     let nested = "{% set n = namespace(l=[]) %}{% for i in range(100000) %}{% set n.l = [n.l] %}{% endfor %}ok";
     let text = ChatTemplate::new("nested", nested).unwrap().render(&[], true, &ChatOptions::default());
@@ -587,6 +599,7 @@ fn a_vocabulary_word_that_spells_a_special_token_stays_text() {
             "merges": [["<", "s"], ["<s", ">"]]}});
     let tokenizer = Tokenizer::from_bytes("plain", &serde_json::to_vec(&json).unwrap()).unwrap();
     assert_eq!(tokenizer.encode("s<s>s<s>").unwrap(), [1, 0, 1, 2, 1, 0, 1, 2]);
+    assert_eq!(tokenizer.encode(&"<s>".repeat(2000)).unwrap(), [0, 1, 2].repeat(2000));
     assert_eq!(tokenizer.encode_with_specials("s<s>s").unwrap(), [1, 4, 1]);
 }
 

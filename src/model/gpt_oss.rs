@@ -332,6 +332,7 @@ impl Tensors {
             used.insert(name);
             Ok(())
         };
+        want("model.embed_tokens.weight".to_owned(), Bf16, &[vocab, d])?;
         for idx in 0..c.num_hidden_layers {
             let n = |name: &str| format!("model.layers.{idx}.{name}");
             want(n("input_layernorm.weight"), Bf16, &[d])?;
@@ -350,7 +351,6 @@ impl Tensors {
                 want(n("bias"), Bf16, &[e, rows])?;
             }
         }
-        want("model.embed_tokens.weight".to_owned(), Bf16, &[vocab, d])?;
         want("model.norm.weight".to_owned(), Bf16, &[d])?;
         let has_head = !c.tie_word_embeddings || checkpoint.tensor("lm_head.weight").is_ok();
         if has_head {

@@ -8,7 +8,7 @@ use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use minijinja::value::{Kwargs, Rest, ValueKind};
+use minijinja::value::{Kwargs, Rest, ValueKind, ValueOrKwargs};
 use minijinja::{Environment, Error, ErrorKind, State, Value};
 
 /// The largest value of a template, and the largest prompt, in bytes.
@@ -16,7 +16,7 @@ pub(super) const MAX_BYTES: usize = 8 << 20;
 /// Template instructions per rendering. A real template takes some hundred per message.
 const MAX_STEPS: u64 = 1_000_000;
 /// Bytes that all operations of a rendering may pass on, together.
-const MAX_WORK: u64 = 512 << 20;
+const MAX_WORK: u64 = 128 << 20;
 /// The most items of one value, nested ones included.
 const MAX_ITEMS: usize = 100_000;
 /// What an item counts for beside its bytes.
@@ -28,8 +28,15 @@ const MAX_FACTOR: u64 = 16_384;
 const MAX_REPEATED_BYTES: usize = 256;
 
 const SIZED: &str = "__sized";
+const LISTED: &str = "__listed";
+/// Filters that go over a value's items but leave their bytes alone: templates ask `messages | length` at every message.
+const LISTING: [&str; 10] =
+    ["count", "d", "default", "first", "last", "length", "list", "rejectattr", "reverse", "selectattr"];
 const FACTOR: &str = "__factor";
 const CHAIN: &str = "__chain";
+const COUNTED: &str = "__counted";
+/// Longer stretches of plain text are counted too: a block may capture them again and again.
+const MAX_PLAIN_BYTES: usize = 256;
 
 /// Puts the bounds into an environment that renders templates from [`guarded`].
 pub(super) fn install(env: &mut Environment<'_>) {
@@ -39,7 +46,15 @@ pub(super) fn install(env: &mut Environment<'_>) {
 
     let w = work.clone();
     env.add_filter(SIZED, move |value: Value| w_sized(&w, &value).map(|_| value));
+    let w = work.clone();
+    env.add_filter(LISTED, move |value: Value| {
+        let (bytes, items) = size(&value)?;
+        check(bytes)?;
+        count(&w, ((items + 1) * ITEM_BYTES) as u64).map(|()| value)
+    });
     env.add_filter(FACTOR, |value: Value| factor(&value).map(|()| value));
+    let w = work.clone();
+    env.add_filter(COUNTED, move |value: Value, bytes: u64| count(&w, bytes).map(|()| value));
     env.add_filter(CHAIN, |_: Value| -> Result<Value, Error> {
         let reason = "a product or power in a longer one: put the inner one in parentheses";
         Err(Error::new(ErrorKind::InvalidOperation, reason))
@@ -60,7 +75,6 @@ pub(super) fn install(env: &mut Environment<'_>) {
             (Some(s), "replace") => check_replace(s, text(0).unwrap_or_default(), text(1).unwrap_or_default())?,
             (Some(s), "join") => check_join(args.first(), s)?,
             (Some(s), "format") => check_format(s)?,
-            (Some(s), "encode") if args.len() <= 2 => return Ok(Value::from(s)),
             _ => {}
         }
         minijinja_contrib::pycompat::unknown_method_callback(state, value, method, args)
@@ -87,7 +101,8 @@ pub(super) fn install(env: &mut Environment<'_>) {
         },
     );
     let indent = Value::from_function(minijinja::filters::indent);
-    env.add_filter("indent", move |state: &mut State<'_, '_>, args: Rest<Value>| {
+    env.add_filter("indent", move |state: &mut State<'_, '_>, args: Rest<ValueOrKwargs>| {
+        let args = args.into_values();
         let named = args.last().filter(|v| v.is_kwargs()).and_then(|v| v.get_attr("width").ok());
         let width = args.get(1).and_then(Value::as_usize).or(named.and_then(|v| v.as_usize())).unwrap_or(4);
         let lines = args.first().and_then(Value::as_str).map_or(0, |s| s.matches('\n').count() + 1);
@@ -95,7 +110,8 @@ pub(super) fn install(env: &mut Environment<'_>) {
         indent.call(state, &args)
     });
     let format = Value::from_function(minijinja::filters::format);
-    env.add_filter("format", move |state: &mut State<'_, '_>, args: Rest<Value>| {
+    env.add_filter("format", move |state: &mut State<'_, '_>, args: Rest<ValueOrKwargs>| {
+        let args = args.into_values();
         check_format(args.first().and_then(Value::as_str).unwrap_or_default())?;
         format.call(state, &args)
     });
@@ -143,7 +159,7 @@ fn factor(value: &Value) -> Result<(), Error> {
             Some(n) if n.abs_diff(0) <= MAX_FACTOR => Ok(()),
             _ => Err(too_large(&format!("a product with more than {MAX_FACTOR}"))),
         },
-        _ => match size(value)? <= MAX_REPEATED_BYTES {
+        _ => match size(value)?.0 <= MAX_REPEATED_BYTES {
             true => Ok(()),
             false => Err(too_large(&format!("a repetition of more than {MAX_REPEATED_BYTES} bytes"))),
         },
@@ -152,19 +168,22 @@ fn factor(value: &Value) -> Result<(), Error> {
 
 /// Counts a value that is about to be used: an error where it, or all so far, is too large.
 fn w_sized(work: &AtomicU64, value: &Value) -> Result<(), Error> {
-    let bytes = size(value)?;
+    let (bytes, _) = size(value)?;
     check(bytes)?;
-    let before = work.fetch_add(bytes as u64, Ordering::Relaxed);
-    match before + (bytes as u64) <= MAX_WORK {
+    count(work, bytes as u64)
+}
+
+fn count(work: &AtomicU64, bytes: u64) -> Result<(), Error> {
+    match work.fetch_add(bytes, Ordering::Relaxed) + bytes <= MAX_WORK {
         true => Ok(()),
         false => Err(too_large(&format!("more than {} MiB in all its steps", MAX_WORK >> 20))),
     }
 }
 
-/// A value's size in bytes, items and nested ones counted.
-fn size(value: &Value) -> Result<usize, Error> {
+/// A value's size in bytes, and its items, nested ones counted.
+fn size(value: &Value) -> Result<(usize, usize), Error> {
     let mut items = 0;
-    walk(value, 0, &mut items)
+    Ok((walk(value, 0, &mut items)?, items))
 }
 
 fn walk(value: &Value, depth: usize, items: &mut usize) -> Result<usize, Error> {
@@ -201,36 +220,56 @@ fn walk(value: &Value, depth: usize, items: &mut usize) -> Result<usize, Error> 
     Ok(bytes)
 }
 
-/// The template with the bounds written in. Line numbers stay; where the source is malformed, so is the result.
-pub(super) fn guarded(source: &str) -> String {
+/// The template with the bounds written in. Line numbers stay; where the source is malformed, so is the result. The
+/// error is the place of plain text that no bound can be written into.
+pub(super) fn guarded(source: &str) -> Result<String, usize> {
     let mut out = String::with_capacity(source.len() * 2);
-    let mut rest = source;
-    while let Some(at) = rest.find('{') {
-        out.push_str(&rest[..at]);
-        rest = &rest[at..];
-        let opened = rest.get(..2).unwrap_or_default();
-        if opened == "{#" {
-            let end = rest.find("#}").map_or(rest.len(), |end| end + 2);
-            out.push_str(&rest[..end]);
-            rest = &rest[end..];
-        } else if opened == "{{" || opened == "{%" {
-            let (tokens, end) = lex(rest, if opened == "{{" { "}}" } else { "%}" });
-            let first = tokens.first().map_or("", |t| t.text(rest));
-            if opened == "{%" && first == "raw" && tokens.len() == 1 {
-                let end = end_of_raw(rest).unwrap_or(rest.len());
+    let mut at = 0;
+    while at < source.len() {
+        let rest = &source[at..];
+        let plain = (0..rest.len()).find(|&i| matches!(rest.as_bytes().get(i..i + 2), Some(b"{#" | b"{{" | b"{%")));
+        let plain = plain.unwrap_or(rest.len());
+        write_plain(&mut out, &rest[..plain]).ok_or(at)?;
+        at += plain;
+        let rest = &source[at..];
+        at += match rest.get(..2) {
+            Some("{#") => {
+                let end = rest.find("#}").map_or(rest.len(), |end| end + 2);
                 out.push_str(&rest[..end]);
-                rest = &rest[end..];
-                continue;
+                end
             }
-            write_guarded(&mut out, &rest[..end], &tokens, opened == "{%");
-            rest = &rest[end..];
-        } else {
-            out.push('{');
-            rest = &rest[1..];
-        }
+            Some(opened) => {
+                let (tokens, mut end) = lex(rest, if opened == "{{" { "}}" } else { "%}" });
+                if opened == "{%" && matches!(&tokens[..], [t] if t.text(rest) == "raw") {
+                    let begin = end;
+                    end = end_of_raw(rest).unwrap_or(rest.len());
+                    if end - begin > MAX_PLAIN_BYTES {
+                        return Err(at);
+                    }
+                    out.push_str(&rest[..end]);
+                } else {
+                    write_guarded(&mut out, &rest[..end], &tokens, opened == "{%");
+                }
+                end
+            }
+            None => 0,
+        };
     }
-    out.push_str(rest);
-    out
+    Ok(out)
+}
+
+/// Plain text; where it is long, with its count in the middle of a word, where no white space is trimmed.
+fn write_plain(out: &mut String, text: &str) -> Option<()> {
+    if text.len() <= MAX_PLAIN_BYTES {
+        out.push_str(text);
+        return Some(());
+    }
+    let word = text.as_bytes().windows(2).position(|w| w.iter().all(u8::is_ascii_alphanumeric))?;
+    let (head, tail) = text.split_at(word + 1);
+    out.push_str(head);
+    out.push_str(&format!("{{{{ ''|{COUNTED}({}) }}}}", text.len()));
+    out.push_str(tail);
+    Some(())
 }
 
 fn end_of_raw(source: &str) -> Option<usize> {
@@ -364,6 +403,7 @@ fn write_guarded(out: &mut String, block: &str, tokens: &[Token], statement: boo
         }
         let guard = match word {
             "*" | "**" | "/" | "//" | "%" => FACTOR,
+            "|" if LISTING.contains(&text(i + 1)) => LISTED,
             "+" | "~" | "==" | "!=" | "<" | "<=" | ">" | ">=" | "|" => SIZED,
             "in" => {
                 if std::mem::take(&mut for_in) && depth == 0 {
@@ -466,6 +506,7 @@ mod tests {
             ("{{- -1 + 2 -}} + ~", "{{- -1|S + 2|S -}} + ~"),
             ("{% for a, b in c if d in e %}", "{% for a, b in c if d|S in e|S %}"),
             ("{%- if not 'x' not in y and z is not in w -%}", "{%- if not 'x'|S not in y|S and z is not in w -%}"),
+            ("{{ x|length + y|d(1) }}", "{{ x|L|length|S + y|L|d(1)|S }}"),
             ("{{ x|f(a=1)|g }}", "{{ x|S|f(a=1)|S|g }}"),
             ("{{ 'a' * 3 + 4 * n / 2 % 3 }}", "{{ 'a'|F * 3|F|S + 4|F|S * n|C|F / 2 % 3 }}"),
             ("{{ 'a' * 10 ** 8 }}", "{{ 'a'|F * 10|C|F ** 8|F }}"),
@@ -478,8 +519,17 @@ mod tests {
             ("{{ a + ", "{{ a|S + "),
         ];
         for (source, want) in cases {
-            let got = guarded(source).replace("__sized", "S").replace("__factor", "F").replace("__chain", "C");
+            let got = guarded(source)
+                .unwrap()
+                .replace("__sized", "S")
+                .replace("__factor", "F")
+                .replace("__chain", "C")
+                .replace("__listed", "L");
             assert_eq!(got, want, "{source}");
         }
+        let long = "x ".repeat(200) + "{{ 1 }}";
+        assert_eq!(guarded(&long), Err(0));
+        let got = guarded(&format!("\nab {long}")).unwrap();
+        assert_eq!(got, format!("\na{{{{ ''|__counted(404) }}}}b {long}"));
     }
 }

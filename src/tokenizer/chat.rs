@@ -105,7 +105,10 @@ impl ChatTemplate {
             let reason = format!("a chat template of {} bytes; at most {MAX_SOURCE_BYTES} are read", source.len());
             return Err(Error::file(file_name, reason));
         }
-        let source = bounds::guarded(source);
+        let source = bounds::guarded(source).map_err(|at| {
+            let line = source[..at].matches('\n').count() + 1;
+            Error::file(file_name, format!("the chat template has too much text without words from line {line} on"))
+        })?;
         let syntax = environment(None).template_from_named_str(file_name, &source).map(|_| ());
         syntax.map_err(|e| {
             let line = e.line().map_or(String::new(), |line| format!("line {line}: "));

@@ -8,7 +8,7 @@ pub mod chat;
 pub mod harmony;
 
 pub use chat::{ChatFormat, ChatOptions, ChatTemplate, Message, Reasoning};
-pub use harmony::{Event, Harmony, HarmonyMessage, HarmonyParser};
+pub use harmony::{Channel, Event, Harmony, HarmonyMessage, HarmonyParser};
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -75,23 +75,34 @@ impl Tokenizer {
 
     /// The tokens of ordinary text. A special token spelled in it (`<|end|>`) becomes ordinary tokens.
     pub fn encode(&self, text: &str) -> Result<Vec<TokenId>> {
+        let failed = |reason: String| Error::Text { what: "tokenizer".into(), reason };
         let mut ids = Vec::new();
         let mut todo = vec![text];
         while let Some(text) = todo.pop() {
-            let encoding = self.inner.hf.encode_fast(text, false).map_err(|e| Error::Text {
-                what: "tokenizer".into(),
-                reason: format!("cannot encode the text: {e}"),
-            })?;
-            // A vocabulary may also hold a special's spelling as an ordinary word: then it is cut after one character.
-            if encoding.get_ids().iter().any(|&id| self.is_special(id))
-                && let Some(special) = self.inner.specials.split(text).find(|piece| piece.special.is_some())
-            {
-                let first = special.text.chars().next().map_or(1, char::len_utf8);
-                let (head, tail) = text.split_at(special.start + first);
-                todo.extend([tail, head]);
+            let encoding = self.inner.hf.encode_fast(text, false).map_err(|e| failed(e.to_string()))?;
+            if !encoding.get_ids().iter().any(|&id| self.is_special(id)) {
+                ids.extend_from_slice(encoding.get_ids());
                 continue;
             }
-            ids.extend_from_slice(encoding.get_ids());
+            // This vocabulary also reaches a special token by way of its words: there the text is cut within the word.
+            let encoding = self.inner.hf.encode(text, false).map_err(|e| failed(e.to_string()))?;
+            let mut rest = text;
+            let mut parts = Vec::new();
+            for (&id, &(start, end)) in encoding.get_ids().iter().zip(encoding.get_offsets()).rev() {
+                let word = text.get(start..end).unwrap_or_default();
+                if self.is_special(id)
+                    && let Some(second) = word.char_indices().nth(1)
+                    && let Some((head, tail)) = rest.split_at_checked(start + second.0)
+                {
+                    parts.push(tail);
+                    rest = head;
+                }
+            }
+            if parts.is_empty() {
+                return Err(failed("ordinary text becomes a special token in this vocabulary".into()));
+            }
+            todo.extend(parts);
+            todo.push(rest);
         }
         Ok(ids)
     }
@@ -167,7 +178,6 @@ pub(super) struct Specials {
 pub(super) struct Piece<'a> {
     pub(super) text: &'a str,
     pub(super) special: Option<TokenId>,
-    pub(super) start: usize,
 }
 
 impl Specials {
@@ -200,7 +210,7 @@ impl Specials {
         let mut found = None;
         std::iter::from_fn(move || {
             if let Some((special, len)) = found.take() {
-                let piece = Piece { text: &text[start..start + len], special: Some(special), start };
+                let piece = Piece { text: &text[start..start + len], special: Some(special) };
                 start += len;
                 return Some(piece);
             }
@@ -208,7 +218,7 @@ impl Specials {
             let hit = rest.char_indices().find_map(|(at, _)| Some((at, self.at(&rest[at..])?)));
             let (plain, next) = hit.map_or((rest.len(), None), |(at, special)| (at, Some(special)));
             found = next;
-            let piece = Piece { text: &rest[..plain], special: None, start };
+            let piece = Piece { text: &rest[..plain], special: None };
             start += plain;
             (plain > 0 || next.is_some()).then_some(piece)
         })

@@ -128,15 +128,23 @@ impl Gpu {
                 Err(Error::OutOfMemory { what: what.to_owned(), bytes, hint })
             }
             Some(e) => {
-                self.check_lost()?;
-                let text = e.to_string();
-                // A caller's own device tells nobody but the error text.
-                Err(if text.contains("lost") || text.contains("destroyed") {
-                    Error::DeviceLost(one_line(&text))
-                } else {
-                    Error::Device(format!("{what} on {}: {}", self.facts.name, one_line(&text)))
-                })
+                self.probe()?;
+                Err(Error::Device(format!("{what} on {}: {}", self.facts.name, one_line(&e.to_string()))))
             }
+        }
+    }
+
+    /// An error if the device is lost, also where it is the application's own and the callback is not ours: wgpu makes
+    /// no error of work on a lost device, but a buffer made there cannot be written.
+    fn probe(&self) -> Result<()> {
+        self.check_lost()?;
+        let usage = wgpu::BufferUsages::COPY_DST;
+        let descriptor = wgpu::BufferDescriptor { label: Some("probe"), size: 4, usage, mapped_at_creation: false };
+        let scope = self.device.push_error_scope(wgpu::ErrorFilter::Validation);
+        self.queue.write_buffer(&self.device.create_buffer(&descriptor), 0, &[0; 4]);
+        match pollster::block_on(scope.pop()) {
+            None => self.check_lost(),
+            Some(_) => Err(Error::DeviceLost(format!("{} takes no more work", self.facts.name))),
         }
     }
 
@@ -227,7 +235,8 @@ impl Device for Gpu {
             });
         })?;
         self.poll()?;
-        match told.try_recv() {
+        // Another thread's poll may be the one that answers, a moment after ours returns.
+        match told.recv_timeout(PATIENCE) {
             Ok(Ok(())) => {}
             _ => return Err(Error::DeviceLost("a readback was not answered".to_owned())),
         }
@@ -240,7 +249,7 @@ impl Device for Gpu {
     }
 
     fn prepare(&self, program: &Program) -> Result<()> {
-        self.check_lost()?;
+        self.probe()?;
         self.pipelines.prepare(&self.device, &program.launches)
     }
 
@@ -250,7 +259,8 @@ impl Device for Gpu {
 
     fn wait(&self) -> Result<()> {
         self.scoped("submitting", 0, || self.queue.submit([]))?;
-        self.poll()
+        self.poll()?;
+        self.probe()
     }
 
     fn limits(&self) -> Limits {

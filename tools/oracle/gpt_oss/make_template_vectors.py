@@ -115,7 +115,7 @@ TEMPLATES = {
 {% set n = namespace(count=0) %}{% for i in range(10) %}{% if i == 7 %}{% break %}{% endif %}{% set n.count = n.count + i * 2 %}{% endfor %}{{ n.count }}
 {% raw %}{{ raw + text }}{% endraw %} {{ "}}" ~ '{%' }} {{ 'yes' if messages else 'no' }} {{ messages[0].missing or 'fallback' }}
 {% set captured %}in {{ names[0] }}{% endset %}{{ captured | upper }} {{ messages[0].get('content', 'x') }}{{ messages[0].get('none', 'x') }}
-{% for key, value in {'only': 1}.items() %}{{ key }}={{ value }}{% endfor %} {{ ['b', 'a'] | sort | first }} {{ '%s-%s' | format('a', 1) }}
+{% for key, value in {'only': 1}.items() %}{{ key }}={{ value }}{% endfor %} {{ ['b', 'a'] | sort | first }} {{ '%s-%s' | format('a', 1) }} {{ 'a\\nb' | indent(width=2) }}{{ 'a\\nb' | indent(3, true) }}
     {%- filter upper %} filtered {{ 'a' + 'b' }}{% endfilter %}
 
     {% if true %}

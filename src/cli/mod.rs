@@ -1,0 +1,146 @@
+//! The command line: the commands, and which error ends with which exit code.
+
+mod chat;
+mod devices;
+mod inspect;
+mod interrupt;
+mod run;
+mod screen;
+mod terminal;
+
+use clap::{CommandFactory, Parser, Subcommand};
+use std::io::{self, Write};
+use std::process::ExitCode;
+use std::time::Instant;
+
+const EXAMPLES: &str = "\
+Examples:
+  fourfold                                      chat with the built-in model
+  fourfold run --raw \"Once upon a time\"         continue a text
+  fourfold run \"Tell me a story about a fox\"    one answer, then exit
+  fourfold run --model ~/models/gpt-oss-20b     chat with another model
+  fourfold inspect ~/models/gpt-oss-20b         what a checkpoint holds, and whether it is sound
+  fourfold devices                              which GPUs there are
+
+Exit codes:
+  0    done
+  1    the run failed: no usable device, out of memory, device lost
+  2    bad usage: an option or argument that cannot work
+  3    bad checkpoint: a file, tensor, tokenizer or template
+  4    the context is full: prompt or answer did not fit
+  130  stopped by Ctrl-C";
+
+/// Run FP4 Mixture-of-Experts language models on any GPU, or on the CPU.
+///
+/// Without a command it is `fourfold run`: a chat on a terminal; in a pipe, an answer to what comes in on stdin.
+#[derive(Parser)]
+#[command(name = "fourfold", version, about, after_help = EXAMPLES)]
+struct Cli {
+    #[command(subcommand)]
+    command: Option<Command>,
+    /// Say on stderr what is done; twice: every detail. RUST_LOG, where set, decides instead
+    #[arg(short, long, global = true, action = clap::ArgAction::Count)]
+    verbose: u8,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Chat with a model, answer one prompt, or continue a text
+    Run(Box<run::Args>),
+    /// Show what a checkpoint holds, whether it is sound, and what will go where
+    Inspect(inspect::Args),
+    /// List the adapters that could compute
+    Devices,
+    /// Write shell completions to stdout: `fourfold completions bash > ~/.local/share/bash-completion/completions/fourfold`
+    Completions {
+        /// bash, elvish, fish, powershell or zsh
+        shell: clap_complete::Shell,
+    },
+}
+
+/// How a command ended, where that is no error.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Ending {
+    Done,
+    Interrupted,
+}
+
+/// An option or argument that cannot work, found after the parser was content.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+struct Usage(String);
+
+/// Exit code of a run that Ctrl-C stopped: 128 and the number of SIGINT.
+const INTERRUPTED: u8 = 130;
+
+/// Parse, run, and say how it went.
+pub(crate) fn main() -> ExitCode {
+    let started = Instant::now();
+    let cli = Cli::parse();
+    log(cli.verbose);
+    // No command is the command `run`, its defaults and variables included.
+    let command = cli.command.or_else(|| Cli::parse_from(["fourfold", "run"]).command);
+    let done = match command.expect("the parser was given one") {
+        Command::Run(args) => run::run(&args, started),
+        Command::Inspect(args) => inspect::inspect(&args),
+        Command::Devices => devices::devices(),
+        Command::Completions { shell } => completions(shell),
+    };
+    match done {
+        Ok(Ending::Done) => ExitCode::SUCCESS,
+        Ok(Ending::Interrupted) => ExitCode::from(INTERRUPTED),
+        Err(e) if is_broken_pipe(&e) => ExitCode::SUCCESS,
+        Err(e) => {
+            terminal::note(&format!("error: {}", terminal::printable(&e.to_string())));
+            ExitCode::from(code(&e))
+        }
+    }
+}
+
+/// The reader of our output has left: it has all that it wants.
+fn is_broken_pipe(e: &anyhow::Error) -> bool {
+    e.downcast_ref::<io::Error>().is_some_and(|e| e.kind() == io::ErrorKind::BrokenPipe)
+}
+
+fn code(e: &anyhow::Error) -> u8 {
+    use fourfold::Error;
+    if e.is::<Usage>() {
+        return 2;
+    }
+    match e.downcast_ref::<Error>() {
+        Some(Error::Option { .. }) => 2,
+        Some(Error::Io { .. } | Error::File { .. } | Error::Tensor { .. } | Error::Text { .. }) => 3,
+        Some(Error::ContextFull { .. }) => 4,
+        _ => 1,
+    }
+}
+
+fn log(verbose: u8) {
+    let level = match verbose {
+        0 => "error",
+        1 => "warn,fourfold=debug",
+        _ => "info,fourfold=trace",
+    };
+    let filter = tracing_subscriber::EnvFilter::try_from_default_env()
+        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new(level));
+    let ansi = terminal::styled(&io::stderr());
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr).with_ansi(ansi).init();
+}
+
+fn completions(shell: clap_complete::Shell) -> anyhow::Result<Ending> {
+    // Into memory first: the generator panics where a pipe breaks.
+    let mut text = Vec::new();
+    clap_complete::generate(shell, &mut Cli::command(), "fourfold", &mut text);
+    io::stdout().write_all(&text)?;
+    Ok(Ending::Done)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_parser_is_consistent() {
+        Cli::command().debug_assert();
+    }
+}

@@ -1,0 +1,299 @@
+//! The binary as a user meets it: what it prints where, and how it ends. Everything runs on the CPU, so that it needs no
+//! adapter and takes the same time everywhere.
+
+use std::fs;
+use std::io::{Read, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+
+use serde_json::Value;
+
+const STORY: &str = "Once upon a time";
+
+/// The program without what the caller's environment says.
+fn program() -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_fourfold"));
+    command.env_remove("FOURFOLD_MODEL").env_remove("RUST_LOG").stdin(Stdio::null());
+    command
+}
+
+fn fourfold(args: &[&str]) -> Output {
+    program().args(args).output().expect("the binary starts")
+}
+
+fn out(output: &Output) -> &str {
+    std::str::from_utf8(&output.stdout).expect("stdout is UTF-8")
+}
+
+fn err(output: &Output) -> &str {
+    std::str::from_utf8(&output.stderr).expect("stderr is UTF-8")
+}
+
+/// Eight tokens of bare continuation on the CPU, and more flags.
+fn raw(flags: &[&str]) -> Output {
+    let common = ["run", "--raw", STORY, "--device", "cpu", "-n", "8"];
+    let output = fourfold(&[&common, flags].concat());
+    assert!(output.status.success(), "{flags:?}: {}", err(&output));
+    assert!(out(&output).starts_with(STORY) && out(&output).trim().len() > STORY.len() + 8, "{:?}", out(&output));
+    output
+}
+
+#[track_caller]
+fn fails(args: &[&str], code: i32, words: &[&str]) -> Output {
+    let output = fourfold(args);
+    assert_eq!(output.status.code(), Some(code), "{args:?}: {}", err(&output));
+    for word in words {
+        assert!(err(&output).contains(word), "{args:?} does not say {word:?}: {}", err(&output));
+    }
+    output
+}
+
+fn root(path: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join(path)
+}
+
+#[test]
+fn greedy_repeats_and_the_place_of_stages_does_not_matter() {
+    let first = raw(&["--greedy"]);
+    assert_eq!(out(&first), out(&raw(&["--greedy", "-q", "--no-mmap", "--chunk", "1"])));
+    assert_eq!(out(&first), out(&raw(&["--greedy", "--host", "routing,scatter,attention"])));
+    assert!(err(&first).contains(" · greedy"), "{}", err(&first));
+}
+
+#[test]
+fn seeds_decide_the_text() {
+    let texts: Vec<String> = ["7", "7", "8"].iter().map(|seed| out(&raw(&["--seed", seed])).to_owned()).collect();
+    assert_eq!(texts[0], texts[1]);
+    assert_ne!(texts[0], texts[2]);
+    assert_ne!(texts[0], out(&raw(&["--seed", "7", "--stream", "1"])));
+    // Without one, the closing line tells the seed that repeats the run.
+    let chosen = raw(&[]);
+    let line = err(&chosen).lines().last().expect("there is a closing line");
+    let seed = line.rsplit("seed ").next().expect("it ends with the seed");
+    assert_eq!(out(&chosen), out(&raw(&["--seed", seed])));
+}
+
+#[test]
+fn the_closing_line_says_what_it_took() {
+    let output = raw(&["--seed", "7"]);
+    let line = err(&output).trim();
+    for part in ["prompt tokens at ", "/s · 8 tokens at ", "/s · first after ", " s after start) · CPU", " · seed 7"] {
+        assert!(line.contains(part), "no {part:?} in {line:?}");
+    }
+    assert_eq!(line.lines().count(), 1, "{line}");
+    assert_eq!(err(&raw(&["-q"])), "");
+}
+
+#[test]
+fn log_probabilities_are_listed_on_stderr() {
+    let output = raw(&["--greedy", "-q", "--logprobs", "2"]);
+    assert_eq!(out(&output), out(&raw(&["--greedy", "-q"])));
+    let rows: Vec<&str> = err(&output).lines().skip(1).collect();
+    assert_eq!(rows.len(), 8, "{}", err(&output));
+    for row in rows {
+        let logprob: f64 = row.split_whitespace().nth(1).expect("the second column").parse().expect("a number");
+        assert!(logprob <= 0.0, "{row}");
+    }
+    fails(&["run", "--logprobs", "2", "hello"], 2, &["--raw"]);
+}
+
+#[test]
+fn a_prompt_may_come_from_stdin() {
+    let mut child = program()
+        .args(["run", "--raw", "--device", "cpu", "-n", "8", "--greedy", "-q"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    child.stdin.take().unwrap().write_all(format!("{STORY}\n").as_bytes()).unwrap();
+    let output = child.wait_with_output().unwrap();
+    assert_eq!(out(&output), out(&raw(&["--greedy"])));
+}
+
+#[test]
+fn with_nothing_to_go_by_it_tells_a_story() {
+    let output = fourfold(&["run", "--device", "cpu", "-n", "8"]);
+    assert!(output.status.success() && out(&output).starts_with(STORY), "{output:?}");
+    let mut child = program().stdout(Stdio::piped()).stderr(Stdio::null()).spawn().unwrap();
+    let mut begin = [0; STORY.len()];
+    child.stdout.as_mut().unwrap().read_exact(&mut begin).unwrap();
+    child.kill().unwrap();
+    child.wait().unwrap();
+    assert_eq!(begin, STORY.as_bytes());
+    // Another model is not made to.
+    fails(&["run", "--model", &root("tests/fixtures/gpt_oss/tiny").display().to_string()], 2, &["no prompt"]);
+}
+
+#[test]
+fn a_chat_answers_without_control_tokens() {
+    let args = ["run", "Tell me a story about a fox.", "--device", "cpu", "--greedy", "-n", "16"];
+    let output = fourfold(&[&args[..], &["--system", "Be brief."]].concat());
+    assert!(output.status.success(), "{}", err(&output));
+    assert!(!out(&output).trim().is_empty() && !out(&output).contains("<|"), "{:?}", out(&output));
+    assert_ne!(out(&output), out(&fourfold(&args)));
+}
+
+#[test]
+fn bad_usage_is_code_2() {
+    fails(&["run", "--no-such-flag"], 2, &["--no-such-flag"]);
+    fails(&["no-such-command"], 2, &["no-such-command"]);
+    fails(&["run", "--device", "tpu"], 2, &["tpu", "auto"]);
+    fails(&["run", "--host", "routing,sums"], 2, &["sums", "scatter"]);
+    fails(&["run", "--temperature=-1", "x"], 2, &["temperature", "0 (greedy) or more"]);
+    fails(&["run", "--top-p", "1.5", "x"], 2, &["top_p"]);
+    fails(&["run", "--greedy", "--seed", "1", "x"], 2, &["--greedy", "--seed"]);
+    fails(&["run", "--raw", "--system", "x", "y"], 2, &["--raw", "--system"]);
+    fails(&["run", "--device", "cpu", "--adapter", "x", "y"], 2, &["--adapter"]);
+    fails(&["run", " "], 2, &["prompt is empty"]);
+    fails(&["run", "--device", "cpu", "--context", "99999", "x"], 2, &["context", "1024"]);
+}
+
+#[test]
+fn a_bad_checkpoint_is_code_3() {
+    let absent = "/no/such/model";
+    for args in [&["run", "--model", absent, "hello"][..], &["inspect", absent]] {
+        let output = fails(args, 3, &[absent, "is not there"]);
+        assert_eq!(err(&output).lines().count(), 1, "{}", err(&output));
+    }
+    let output = program().args(["run", "hello"]).env("FOURFOLD_MODEL", absent).output().unwrap();
+    assert_eq!(output.status.code(), Some(3), "{}", err(&output));
+    // A checkpoint without a tokenizer takes no text.
+    let tiny = root("tests/fixtures/gpt_oss/tiny").display().to_string();
+    fails(&["run", "--model", &tiny, "--device", "cpu", "hello"], 3, &["tokenizer.json"]);
+}
+
+#[test]
+fn a_full_context_is_code_4() {
+    let output = fails(&["run", "--device", "cpu", "--context", "2", "Why is the sky blue?"], 4, &["context holds 2"]);
+    assert_eq!(out(&output), "");
+    // What was said before it was full stays said.
+    let output = fails(&["run", "--raw", STORY, "--device", "cpu", "--context", "12"], 4, &["context holds 12"]);
+    assert!(out(&output).len() > STORY.len() && out(&output).ends_with('\n'), "{:?}", out(&output));
+}
+
+/// Parameters of a gpt-oss with this config, from the shapes of its tensors: all, and those that one token uses.
+fn parameters(config: &Value) -> [u64; 2] {
+    let n = |key: &str| config[key].as_u64().unwrap_or_else(|| panic!("config.json has a number {key}"));
+    let [d, f, e] = [n("hidden_size"), n("intermediate_size"), n("num_local_experts")];
+    let (h, hk, dh) = (n("num_attention_heads"), n("num_key_value_heads"), n("head_dim"));
+    let attention = (h + 2 * hk) * dh * (d + 1) + h * dh * d + d + h;
+    let expert = 2 * f * (d + 1) + d * (f + 1);
+    let layer = |experts: u64| attention + 2 * d + e * (d + 1) + experts * expert;
+    let [layers, embedding] = [n("num_hidden_layers"), n("vocab_size") * d];
+    [2 * embedding + d + layers * layer(e), embedding + d + layers * layer(n("num_experts_per_tok"))]
+}
+
+fn millions(n: u64) -> String {
+    if n >= 1_000_000 { format!("{:.1} M", n as f64 / 1e6) } else { format!("{:.1} k", n as f64 / 1e3) }
+}
+
+#[test]
+fn inspect_shows_what_a_checkpoint_holds() {
+    let tiny = root("tests/fixtures/gpt_oss/tiny");
+    for (args, config) in [
+        (vec!["inspect"], root("models/fireside/config.json")),
+        (vec!["inspect", tiny.to_str().unwrap()], tiny.join("config.json")),
+    ] {
+        let output = fourfold(&args);
+        assert!(output.status.success(), "{}", err(&output));
+        let config: Value = serde_json::from_slice(&fs::read(config).unwrap()).unwrap();
+        assert_eq!(config["tie_word_embeddings"], false);
+        let [all, active] = parameters(&config).map(millions);
+        let line = format!("{all} parameters, of which a token uses {active}");
+        let [e, f, d] = ["num_local_experts", "intermediate_size", "hidden_size"].map(|k| config[k].as_u64().unwrap());
+        let scales = format!("[{e}, {}, {}]", 2 * f, d / 32);
+        let name = "model.layers.0.mlp.experts.gate_up_proj_scales";
+        for words in [&line, &scales, name, "no suspicious scale", "KV cache", "experts", "MXFP4", "BF16"] {
+            assert!(out(&output).contains(words), "no {words:?} in:\n{}", out(&output));
+        }
+        assert!(!out(&output).contains("layers.1."));
+        let every = fourfold(&[&args[..], &["--all"]].concat());
+        assert!(out(&every).contains("model.layers.1.mlp.experts.down_proj_scales"));
+    }
+}
+
+#[test]
+fn inspect_lists_suspicious_scales_and_says_what_is_refused() {
+    let dir = std::env::temp_dir().join(format!("fourfold-cli-{}", std::process::id()));
+    fs::create_dir_all(&dir).unwrap();
+    for file in fs::read_dir(root("tests/fixtures/gpt_oss/tiny")).unwrap().map(Result::unwrap) {
+        fs::copy(file.path(), dir.join(file.file_name())).unwrap();
+    }
+    // The second scale of layer 1's down projection becomes NaN.
+    let shard = fs::read_dir(&dir).unwrap().map(|f| f.unwrap().path()).find_map(|path| {
+        let bytes = fs::read(&path).ok().filter(|_| path.extension().is_some_and(|e| e == "safetensors"))?;
+        let header = u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+        let json: Value = serde_json::from_slice(&bytes[8..8 + header]).unwrap();
+        let at = json["model.layers.1.mlp.experts.down_proj_scales"]["data_offsets"][0].as_u64()?;
+        Some((path, bytes, 8 + header + at as usize))
+    });
+    let (path, mut bytes, at) = shard.expect("a shard holds the scales");
+    bytes[at + 1] = 255;
+    fs::write(path, bytes).unwrap();
+    let output = fails(&["inspect", dir.to_str().unwrap()], 3, &["down_proj_scales", "[0, 0, 1]", "NaN"]);
+    fs::remove_dir_all(&dir).unwrap();
+    assert!(out(&output).contains("1 suspicious scales") && out(&output).contains("NaN"), "{}", out(&output));
+    assert!(out(&output).contains("would refuse this model"), "{}", out(&output));
+}
+
+#[test]
+fn devices_are_listed_and_their_absence_is_no_error() {
+    let output = fourfold(&["devices"]);
+    assert!(output.status.success(), "{}", err(&output));
+    assert!(out(&output).contains("CPU") && out(&output).contains("auto"), "{}", out(&output));
+    // A Vulkan loader that is shown no driver finds none.
+    let output = program().arg("devices").env("VK_DRIVER_FILES", "/none").env("VK_ICD_FILENAMES", "/none").output();
+    let output = output.unwrap();
+    assert!(output.status.success());
+    if cfg!(target_os = "linux") {
+        assert!(out(&output).contains("mesa-vulkan-drivers"), "{}", out(&output));
+    }
+}
+
+#[test]
+fn help_teaches_and_completions_are_scripts() {
+    let output = fourfold(&["--help"]);
+    for words in ["Examples:", "Exit codes:", "fourfold run --raw", "inspect", "devices", "completions"] {
+        assert!(out(&output).contains(words), "no {words:?} in:\n{}", out(&output));
+    }
+    for words in ["Examples:", "[default: auto]", "FOURFOLD_MODEL", "--repetition-penalty", "/help"] {
+        let output = fourfold(&["run", "--help"]);
+        assert!(out(&output).contains(words), "no {words:?} in:\n{}", out(&output));
+    }
+    for shell in ["bash", "elvish", "fish", "powershell", "zsh"] {
+        let output = fourfold(&["completions", shell]);
+        assert!(output.status.success() && out(&output).contains("max-tokens"), "{shell}: {}", err(&output));
+    }
+    let script = fourfold(&["completions", "bash"]).stdout;
+    let bash = Command::new("bash").arg("-n").stdin(Stdio::piped()).spawn();
+    // Where there is no bash, there is nobody to complete for.
+    if let Ok(mut bash) = bash {
+        bash.stdin.take().unwrap().write_all(&script).unwrap();
+        assert!(bash.wait().unwrap().success());
+    }
+}
+
+#[test]
+fn a_reader_that_leaves_is_no_error() {
+    for args in [&["run", "--raw", STORY, "--device", "cpu", "-n", "50"][..], &["inspect", "--all"], &["devices"]] {
+        let mut child = program().args(args).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        drop(child.stdout.take());
+        let output = child.wait_with_output().unwrap();
+        assert!(output.status.success(), "{args:?}: {output:?}");
+        assert!(!err(&output).contains("panicked") && !err(&output).contains("roken pipe"), "{args:?}: {}", err(&output));
+    }
+}
+
+#[cfg(unix)]
+#[test]
+fn an_interrupt_in_a_pipe_ends_with_130() {
+    let args = ["run", "--raw", STORY, "--device", "cpu", "-n", "900"];
+    let mut child = program().args(args).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let mut begin = [0; STORY.len() + 1];
+    child.stdout.as_mut().unwrap().read_exact(&mut begin).unwrap();
+    let kill = Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap();
+    assert!(kill.success());
+    let output = child.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(130), "{}", err(&output));
+    assert!(err(&output).trim().ends_with("stopped"), "{}", err(&output));
+}

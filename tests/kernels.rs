@@ -1,0 +1,501 @@
+//! Every kernel against its twin: the same program runs on the twins and on every GPU variant, over uneven inputs,
+//! with outputs that start as NaN and shapes that leave partial tiles.
+
+use crate::harness::{Bench, Named, Random, assert_near, cpu, gpus, small_binding_gpu, sum_tolerance};
+use fourfold::HostStages;
+use fourfold::device::Device;
+use fourfold::format::Format;
+use fourfold::ops::{Attention, CacheFormat, Experts, KvCache, MoeScatter, RmsNorm, Router, Routes, Row, Step, Weight};
+use fourfold::program::{Program, Slice};
+use std::sync::Arc;
+
+const EPS: f64 = f32::EPSILON as f64;
+
+/// Run `setup`'s program on the twins and on every GPU variant; each output must be near the twins'.
+fn check(what: &str, tolerance: f64, setup: impl Fn(&mut Bench) -> (Program, Vec<Slice>)) {
+    check_on(what, tolerance, gpus(), setup);
+}
+
+fn check_on(what: &str, tolerance: f64, devices: &[Named], setup: impl Fn(&mut Bench) -> (Program, Vec<Slice>)) {
+    let run = |device: &Arc<dyn Device>| {
+        let mut bench = Bench::new(device);
+        let (program, outputs) = setup(&mut bench);
+        bench.run(&program, &outputs)
+    };
+    let want = run(&cpu());
+    for (name, device) in devices {
+        for (i, (got, want)) in run(device).iter().zip(&want).enumerate() {
+            assert_near(&format!("{what}, output {i}, on {name}"), got, want, tolerance);
+        }
+    }
+}
+
+/// Words of one output of a program on a device.
+fn output_of(device: &Arc<dyn Device>, setup: impl Fn(&mut Bench) -> (Program, Vec<Slice>)) -> Vec<u32> {
+    let mut bench = Bench::new(device);
+    let (program, outputs) = setup(&mut bench);
+    bench.run(&program, &outputs).swap_remove(0)
+}
+
+fn program(tokens: usize) -> Program {
+    Program::new(tokens as u32, HostStages::default())
+}
+
+fn step(bench: &mut Bench, tokens: usize) -> Slice {
+    bench.input(&[Step { tokens: tokens as u32, pad: [0; 3] }])
+}
+
+/// Bytes of a random matrix: (codes, scales). MXFP4 scales spread over a few binades around 2^-6, as trained weights'.
+fn matrix(random: &mut Random, format: Format, rows: usize, k: usize) -> (Vec<u8>, Vec<u8>) {
+    match format {
+        Format::Bf16 => (random.bf16s(rows * k), Vec::new()),
+        _ => {
+            let codes = random.bytes(format.row_bytes(k) * rows);
+            let scales = (0..format.scale_bytes(k) * rows).map(|_| 119 + random.below(5) as u8).collect();
+            (codes, scales)
+        }
+    }
+}
+
+fn weight(bench: &Bench, format: Format, [experts, n, k]: [usize; 3], codes: &[u8], scales: &[u8]) -> Weight {
+    let shape = [experts, n, k].map(|n| n as u32);
+    Weight::upload(&bench.device, "test weight", format, shape, &[codes], &[scales]).unwrap()
+}
+
+#[test]
+fn rms_norm() {
+    for (t, d) in [(1, 2), (3, 96), (5, 320), (2, 2880), (1, 130)] {
+        // One sum of D squares, a square root, a division and two products.
+        check(&format!("rms_norm T={t} D={d}"), sum_tolerance(d), |b| {
+            let mut random = Random(d as u64);
+            let (x, g, y) = (b.input(&random.f32s(t * d)), b.input(&random.bf16s(d)), b.output(t * d));
+            let mut p = program(t);
+            p.rms_norm(RmsNorm { d: d as u32, eps: 1e-5 }, x, g, y);
+            (p, vec![y])
+        });
+    }
+}
+
+#[test]
+fn linear() {
+    for format in [Format::Bf16, Format::Mxfp4] {
+        for (t, n, k) in [(1, 1, 32), (1, 40, 320), (3, 9, 96), (4, 7, 160), (8, 17, 2880), (17, 24, 64), (9, 513, 32)]
+        {
+            for with_bias in [true, false] {
+                let what = format!("linear {format} T={t} N={n} K={k} bias={with_bias}");
+                check(&what, sum_tolerance(k), |b| linear_case(b, format, [t, n, k], with_bias, 0..t));
+            }
+        }
+    }
+}
+
+fn linear_case(
+    b: &mut Bench,
+    format: Format,
+    [t, n, k]: [usize; 3],
+    with_bias: bool,
+    rows: std::ops::Range<usize>,
+) -> (Program, Vec<Slice>) {
+    let mut random = Random((n * k) as u64);
+    let (codes, scales) = matrix(&mut random, format, n, k);
+    let bias = random.bf16s(n);
+    let x = random.f32s(t * k);
+    let x = &x[rows.start * k..rows.end * k];
+    let t = rows.len();
+    let w = weight(b, format, [1, n, k], &codes, &scales);
+    let (x, y, step) = (b.input(x), b.output(t * n), step(b, t));
+    let bias = with_bias.then(|| b.input(&bias));
+    let mut p = program(t);
+    p.linear(step, &w, bias, x, y);
+    b.keep(w);
+    (p, vec![y])
+}
+
+#[test]
+fn linear_split_by_the_binding_limit() {
+    // 64 rows of 320 bf16 are 40960 bytes: parts of 24 rows (a multiple of 8), and a rest.
+    let Some(small) = small_binding_gpu(16384) else { return };
+    check_on("linear in parts", sum_tolerance(320), &[("small bindings", small)], |b| {
+        linear_case(b, Format::Bf16, [5, 64, 320], true, 0..5)
+    });
+}
+
+#[test]
+fn a_row_of_linear_does_not_depend_on_its_neighbours() {
+    for (_, device) in gpus() {
+        for (format, k) in [(Format::Bf16, 2880), (Format::Mxfp4, 320)] {
+            let (t, n) = (19, 23);
+            let all = output_of(device, |b| linear_case(b, format, [t, n, k], true, 0..t));
+            for rows in [0..1, 7..8, 18..19, 3..6, 2..11] {
+                let some = output_of(device, |b| linear_case(b, format, [t, n, k], true, rows.clone()));
+                assert!(some == all[rows.start * n..rows.end * n], "{format} rows {rows:?} alone have other bits");
+            }
+        }
+    }
+}
+
+/// E experts of which routes use A a token, in no order; part of the experts unused.
+fn routes(random: &mut Random, t: usize, e: usize, a: usize) -> Vec<u32> {
+    (0..t)
+        .flat_map(|_| {
+            let mut all: Vec<u32> = (0..e as u32).collect();
+            for i in 0..a {
+                let j = i + random.below(e - i);
+                all.swap(i, j);
+            }
+            all.truncate(a);
+            all
+        })
+        .collect()
+}
+
+fn experts(b: &mut Bench, random: &mut Random, format: Format, [e, n, k]: [usize; 3]) -> Experts {
+    let (codes, scales) = matrix(random, format, e * n, k);
+    let bias = b.input(&random.bf16s(e * n));
+    Experts { weight: weight(b, format, [e, n, k], &codes, &scales), bias }
+}
+
+fn moe_up_case(
+    b: &mut Bench,
+    format: Format,
+    [t, e, a, f, k]: [usize; 5],
+    rows: std::ops::Range<usize>,
+) -> (Program, Vec<Slice>) {
+    let mut random = Random((f * k) as u64);
+    let up = experts(b, &mut random, format, [e, 2 * f, k]);
+    let (chosen, h) = (routes(&mut random, t, e, a), random.f32s(t * k));
+    let t = rows.len();
+    let chosen = b.input(&chosen[rows.start * a..rows.end * a]);
+    let h = b.input(&h[rows.start * k..rows.end * k]);
+    let y = b.output(t * a * f);
+    let mut p = program(t);
+    p.moe_up(&up, a as u32, [7.0, 1.702], chosen, [h, y]);
+    b.keep(up.weight);
+    (p, vec![y])
+}
+
+fn moe_down_case(b: &mut Bench, format: Format, [t, e, a, d, k]: [usize; 5]) -> (Program, Vec<Slice>) {
+    let mut random = Random((d * k) as u64);
+    let down = experts(b, &mut random, format, [e, d, k]);
+    let (chosen, x) = (routes(&mut random, t, e, a), random.f32s(t * a * k));
+    let (chosen, x, y) = (b.input(&chosen), b.input(&x), b.output(t * a * d));
+    let mut p = program(t);
+    p.moe_down(&down, a as u32, chosen, x, y);
+    b.keep(down.weight);
+    (p, vec![y])
+}
+
+#[test]
+fn moe_up() {
+    for format in [Format::Mxfp4, Format::Bf16] {
+        for (t, e, a, f, k) in [(1, 4, 2, 8, 32), (3, 7, 3, 13, 96), (2, 8, 4, 160, 320), (1, 2, 1, 9, 2880)] {
+            let what = format!("moe_up {format} T={t} E={e} A={a} F={f} K={k}");
+            // The activation multiplies gate by up: twice the relative error of a sum.
+            check(&what, 2.0 * sum_tolerance(k), |b| moe_up_case(b, format, [t, e, a, f, k], 0..t));
+        }
+    }
+}
+
+#[test]
+fn a_row_of_moe_up_does_not_depend_on_its_neighbours() {
+    for (_, device) in gpus() {
+        let (t, a, f) = (6, 3, 13);
+        let case = |rows: std::ops::Range<usize>| {
+            output_of(device, |b| moe_up_case(b, Format::Mxfp4, [t, 7, a, f, 96], rows.clone()))
+        };
+        let all = case(0..t);
+        for row in 0..t {
+            assert!(case(row..row + 1) == all[row * a * f..(row + 1) * a * f], "row {row} alone has other bits");
+        }
+    }
+}
+
+#[test]
+fn moe_down() {
+    for format in [Format::Mxfp4, Format::Bf16] {
+        for (t, e, a, d, k) in [(1, 4, 2, 8, 32), (3, 7, 3, 13, 160), (2, 8, 4, 320, 160), (1, 2, 1, 9, 2880)] {
+            let what = format!("moe_down {format} T={t} E={e} A={a} D={d} K={k}");
+            check(&what, sum_tolerance(k), |b| moe_down_case(b, format, [t, e, a, d, k]));
+        }
+    }
+}
+
+#[test]
+fn experts_split_by_the_binding_limit() {
+    // One expert of moe_up has 66 rows of 48 bytes: parts of three experts, and one left. Of moe_down: two, and one left.
+    let Some(small) = small_binding_gpu(12288) else { return };
+    let devices = [("small bindings", small)];
+    check_on("moe_up in parts", 2.0 * sum_tolerance(96), &devices, |b| {
+        moe_up_case(b, Format::Mxfp4, [5, 7, 3, 33, 96], 0..5)
+    });
+    check_on("moe_down in parts", sum_tolerance(160), &devices, |b| {
+        moe_down_case(b, Format::Mxfp4, [5, 7, 3, 67, 160])
+    });
+}
+
+#[test]
+fn saturated_activations_are_clamped() {
+    // Large inputs drive gate and up far past the limit on both sides: the result is bounded by 7 x 8.
+    let check_large = |b: &mut Bench| {
+        let (p, outputs) = moe_up_case(b, Format::Bf16, [2, 4, 2, 33, 320], 0..2);
+        (p, outputs)
+    };
+    for (_, device) in gpus() {
+        let words = output_of(device, check_large);
+        let largest = words.iter().map(|w| f32::from_bits(*w).abs()).fold(0.0, f32::max);
+        assert!(largest > 50.0 && largest <= 56.0, "{largest}");
+    }
+}
+
+#[test]
+fn every_mxfp4_code_and_scale_on_the_device() {
+    // One block per scale holding all 16 codes twice, times one-hot inputs: the product is the decoded value itself.
+    // Scale 0 gives subnormals, which a GPU may flush to zero; nothing else may differ by a bit. From 2^126 on (scale
+    // 253) the largest codes pass f32's range.
+    let block: Vec<u8> = (0..16u8).map(|i| (2 * i % 16) | ((2 * i + 1) % 16) << 4).collect();
+    let codes: Vec<u8> = (0..253).flat_map(|_| block.clone()).collect();
+    let scales: Vec<u8> = (0..253).collect();
+    let x: Vec<f32> = (0..32 * 32).map(|i| f32::from(i % 33 == 0)).collect();
+    let setup = |b: &mut Bench| {
+        let w = weight(b, Format::Mxfp4, [1, 253, 32], &codes, &scales);
+        let (x, y, step) = (b.input(&x), b.output(32 * 253), step(b, 32));
+        let mut p = program(32);
+        p.linear(step, &w, None, x, y);
+        b.keep(w);
+        (p, vec![y])
+    };
+    let want = output_of(&cpu(), setup);
+    for (name, device) in gpus() {
+        for (i, (got, want)) in output_of(device, setup).iter().zip(&want).enumerate() {
+            let (scale, code) = (i % 253, i / 253 % 16);
+            let (got, want) = (f32::from_bits(*got), f32::from_bits(*want));
+            let flushed = want.is_subnormal() && got == 0.0;
+            assert!(got == want || flushed, "scale {scale} code {code} on {name}: {got:e}, not {want:e}");
+        }
+    }
+}
+
+#[test]
+fn embed() {
+    let (vocab, d, t) = (50, 66, 9);
+    let setup = |b: &mut Bench| {
+        let mut random = Random(5);
+        let table = weight(b, Format::Bf16, [1, vocab, d], &random.bf16s(vocab * d), &[]);
+        let row = |i: usize| Row { token: (i * 17 % vocab) as u32, ..Row::default() };
+        let rows: Vec<Row> = (0..t).map(row).collect();
+        let (rows, x) = (b.input(&rows), b.output(t * d));
+        let mut p = program(t);
+        p.embed(&table, rows, x);
+        b.keep(table);
+        (p, vec![x])
+    };
+    check("embed", 0.0, setup);
+    if let Some(small) = small_binding_gpu(4096) {
+        check_on("embed in parts", 0.0, &[("small bindings", small)], setup);
+    }
+}
+
+/// Rows of two sequences in one step, at uneven positions.
+fn mixed_rows(t: usize, sequences: u32, last: u32) -> Vec<Row> {
+    (0..t as u32)
+        .map(|i| Row { token: 0, sequence: i % sequences, position: last - (i * 7) % (last + 1), pad: 0 })
+        .collect()
+}
+
+fn cache(
+    b: &mut Bench,
+    random: &mut Random,
+    format: CacheFormat,
+    capacity: usize,
+    width: usize,
+    sequences: usize,
+) -> KvCache {
+    let n = sequences * capacity * width;
+    let mut fill = || match format {
+        CacheFormat::F32 => b.input(&random.f32s(n)),
+        CacheFormat::Bf16 => b.input(&random.bf16s(n)),
+    };
+    KvCache { format, capacity: capacity as u32, keys: fill(), values: fill() }
+}
+
+#[test]
+fn rope() {
+    for format in [CacheFormat::F32, CacheFormat::Bf16] {
+        for (t, h, hk, dh, capacity) in [(1, 2, 1, 4, 3), (5, 6, 2, 64, 11), (3, 8, 2, 32, 40)] {
+            let what = format!("rope {format:?} T={t} H={h} Hk={hk} Dh={dh}");
+            // Two products and a sum; a bf16 that rounds the other way differs by 2^-8.
+            let tolerance = if format == CacheFormat::F32 { 4.0 * EPS } else { 1.0 / 256.0 };
+            check(&what, tolerance, |b| {
+                let mut random = Random(dh as u64);
+                let rows: Vec<Row> = mixed_rows(t, 2, 37)
+                    .into_iter()
+                    .enumerate()
+                    .map(|(i, r)| Row { position: i as u32 * 7, ..r })
+                    .collect();
+                let table: Vec<f32> =
+                    (0..38 * dh / 2).flat_map(|i| [(i as f32).cos() * 1.3, (i as f32).sin() * 1.3]).collect();
+                let (rows, table) = (b.input(&rows), b.input(&table));
+                let width = (h + 2 * hk) * dh;
+                let qkv = b.guarded(&random.f32s(t * width));
+                let n = 2 * capacity * hk * dh;
+                let [keys, values] = [0; 2].map(|_| match format {
+                    CacheFormat::F32 => b.guarded(&vec![0.5f32; n]),
+                    CacheFormat::Bf16 => b.guarded(&vec![0.5f32; n / 2]),
+                });
+                let kv = KvCache { format, capacity: capacity as u32, keys, values };
+                let mut p = program(t);
+                p.rope([h as u32, hk as u32, dh as u32], rows, table, qkv, kv);
+                let outputs = if format == CacheFormat::F32 { vec![qkv, keys, values] } else { vec![qkv] };
+                (p, outputs)
+            });
+        }
+    }
+}
+
+#[test]
+fn a_bf16_cache_holds_values_rounded_to_nearest_even() {
+    // Values pass through rope unrotated: the cache must hold half's own rounding, bit for bit.
+    let (hk, dh) = (1u32, 8u32);
+    let mut random = Random(3);
+    let values: Vec<f32> =
+        (0..3 * 8).map(|i| if i == 20 { f32::from_bits(0x3f80_8000) } else { random.normal() }).collect();
+    let want: Vec<u16> = values[16..].iter().map(|v| half::bf16::from_f32(*v).to_bits()).collect();
+    for (_, device) in gpus() {
+        let mut b = Bench::new(device);
+        let rows = b.input(&[Row::default()]);
+        let table = b.input(&[1.0f32, 0.0].repeat(4));
+        let qkv = b.guarded(&values);
+        let [keys, cached] = [0; 2].map(|_| b.guarded(&[0.0f32; 4]));
+        let kv = KvCache { format: CacheFormat::Bf16, capacity: 1, keys, values: cached };
+        let mut p = program(1);
+        p.rope([1, hk, dh], rows, table, qkv, kv);
+        let words = b.run(&p, &[cached]).swap_remove(0);
+        let got: Vec<u16> = words.iter().flat_map(|w| [*w as u16, (*w >> 16) as u16]).collect();
+        assert_eq!(got, want);
+    }
+}
+
+fn attention_case(b: &mut Bench, op: Attention, rows: &[Row], which: std::ops::Range<usize>) -> (Program, Vec<Slice>) {
+    let [h, hk, dh] = [op.h, op.hk, op.dh].map(|n| n as usize);
+    let mut random = Random((dh + op.window as usize) as u64);
+    let width = (h + 2 * hk) * dh;
+    let qkv = random.f32s(rows.len() * width);
+    let kv = cache(b, &mut random, op.format, op.capacity as usize, hk * dh, 2);
+    let sinks = b.input(&random.bf16s(h + h % 2));
+    let t = which.len();
+    let (qkv, rows) = (b.input(&qkv[which.start * width..which.end * width]), b.input(&rows[which]));
+    let a = b.output(t * h * dh);
+    let mut p = program(t);
+    p.attention(op, rows, qkv, kv, sinks, a);
+    (p, vec![a])
+}
+
+#[test]
+fn attention() {
+    for format in [CacheFormat::F32, CacheFormat::Bf16] {
+        for (h, hk, dh, window, capacity, last) in [
+            (1, 1, 4, 0, 1, 0),      // one key
+            (8, 2, 32, 0, 300, 299), // several tiles, the last one partial
+            (6, 2, 64, 13, 20, 500), // a window inside a ring that has wrapped many times
+            (4, 4, 128, 128, 200, 450),
+            (2, 1, 256, 64, 64, 63), // the window is the whole ring
+        ] {
+            let op = Attention { h, hk, dh, window, capacity, format };
+            // A dot product of Dh, then a weighted mean of the keys; scores pass through exp.
+            let tolerance = 2.0 * sum_tolerance(dh as usize + last as usize);
+            check(&format!("{op:?}"), tolerance, |b| attention_case(b, op, &mixed_rows(5, 2, last), 0..5));
+        }
+    }
+}
+
+#[test]
+fn a_row_of_attention_does_not_depend_on_its_neighbours() {
+    let op = Attention { h: 6, hk: 2, dh: 64, window: 0, capacity: 300, format: CacheFormat::F32 };
+    let rows = mixed_rows(5, 2, 299);
+    for (_, device) in gpus() {
+        let all = output_of(device, |b| attention_case(b, op, &rows, 0..5));
+        for row in 0..5 {
+            let alone = output_of(device, |b| attention_case(b, op, &rows, row..row + 1));
+            assert!(alone == all[row * 384..(row + 1) * 384], "row {row} alone has other bits");
+        }
+    }
+}
+
+#[test]
+fn router() {
+    for (t, e, a) in [(1, 4, 4), (3, 7, 3), (5, 32, 4), (2, 128, 4), (2, 100, 16), (1, 1, 1)] {
+        let setup = |b: &mut Bench| {
+            let mut random = Random(e as u64);
+            let mut scores: Vec<f32> = random.f32s(t * e);
+            // Ties, within the chosen and across the border.
+            for row in scores.chunks_exact_mut(e) {
+                for i in (0..e).step_by(3) {
+                    row[i] = (row[i] * 2.0).round() / 2.0;
+                }
+            }
+            let scores = b.input(&scores);
+            let routes = Routes { experts: b.output(t * a), weights: b.output(t * a) };
+            let mut p = program(t);
+            p.router(Router { e: e as u32, a: a as u32 }, scores, routes);
+            (p, vec![routes.weights, routes.experts])
+        };
+        let run = |device: &Arc<dyn Device>| {
+            let mut bench = Bench::new(device);
+            let (program, outputs) = setup(&mut bench);
+            bench.run(&program, &outputs)
+        };
+        let want = run(&cpu());
+        for (name, device) in gpus() {
+            let got = run(device);
+            assert_eq!(got[1], want[1], "experts E={e} A={a} on {name}");
+            assert_near(&format!("weights E={e} A={a} on {name}"), &got[0], &want[0], 16.0 * EPS);
+        }
+    }
+}
+
+#[test]
+fn a_router_with_nan_scores_still_names_experts_that_exist() {
+    for (_, device) in gpus() {
+        let mut b = Bench::new(device);
+        let scores = b.input(&[f32::NAN; 8]);
+        let routes = Routes { experts: b.output(4), weights: b.output(4) };
+        let mut p = program(1);
+        p.router(Router { e: 8, a: 4 }, scores, routes);
+        let experts = b.run(&p, &[routes.experts]).swap_remove(0);
+        assert!(experts.iter().all(|e| *e < 8), "{experts:?}");
+    }
+}
+
+#[test]
+fn moe_scatter() {
+    for (t, a, d) in [(1, 1, 1), (3, 3, 67), (5, 4, 320)] {
+        check(&format!("moe_scatter T={t} A={a} D={d}"), sum_tolerance(a), |b| {
+            let mut random = Random(d as u64);
+            let weights = b.input(&random.f32s(t * a));
+            let (x, y) = (b.input(&random.f32s(t * a * d)), b.output(t * d));
+            let mut p = program(t);
+            p.moe_scatter(MoeScatter { a: a as u32, d: d as u32 }, Routes { experts: weights, weights }, x, y);
+            (p, vec![y])
+        });
+    }
+}
+
+#[test]
+fn add_and_take() {
+    let (t, d) = (5, 67);
+    check("add", 0.0, |b| {
+        let mut random = Random(9);
+        let (y, x) = (b.input(&random.f32s(t * d)), b.guarded(&random.f32s(t * d)));
+        let mut p = program(t);
+        p.add(d as u32, y, x);
+        (p, vec![x])
+    });
+    check("take", 0.0, |b| {
+        let mut random = Random(10);
+        let (x, y) = (b.input(&random.f32s(t * d)), b.output(3 * d));
+        let picks = b.input(&[4u32, 0, 4]);
+        let mut p = program(3);
+        p.take(d as u32, picks, x, y);
+        (p, vec![y])
+    });
+}

@@ -2,7 +2,7 @@
 
 use crate::engine::Session;
 use crate::error::Result;
-use crate::reply::{Reply, ReplyOptions, Stats};
+use crate::reply::{Finish, Reply, ReplyOptions, Stats};
 use crate::sampler::StopStrings;
 use crate::tokenizer::{Channel, ChatOptions, Event, HarmonyParser, Message};
 use std::collections::VecDeque;
@@ -45,6 +45,11 @@ impl Chat {
     pub fn clear(&mut self) {
         let kept = self.messages.iter().take_while(|m| m.role == "system" || m.role == "developer").count();
         self.messages.truncate(kept);
+    }
+
+    /// Give the session back.
+    pub fn into_session(self) -> Session {
+        self.session
     }
 
     /// The session underneath.
@@ -102,6 +107,11 @@ impl Answer<'_> {
     /// What it took so far.
     pub fn stats(&self) -> Stats {
         self.reply.stats()
+    }
+
+    /// Why the drawing of tokens ended, if it has; `None` also where the model began another role's message.
+    pub fn finish(&self) -> Option<Finish> {
+        self.reply.finish()
     }
 
     /// Draw one token and queue the pieces that it completes.

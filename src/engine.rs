@@ -36,6 +36,7 @@ pub enum DeviceChoice {
 #[derive(Clone, Debug)]
 enum Source {
     Default,
+    DefaultDraft,
     Dir(PathBuf),
 }
 
@@ -55,6 +56,12 @@ impl EngineBuilder {
     /// A Hugging Face directory. Without it, the model that is embedded in the binary.
     pub fn checkpoint(mut self, dir: impl Into<PathBuf>) -> Self {
         self.source = Source::Dir(dir.into());
+        self
+    }
+
+    /// The default model's small draft, embedded too: for speculation, or where the default model is too slow.
+    pub fn default_draft(mut self) -> Self {
+        self.source = Source::DefaultDraft;
         self
     }
 
@@ -104,6 +111,7 @@ impl EngineBuilder {
     pub fn build(mut self) -> Result<Engine> {
         let checkpoint = match &self.source {
             Source::Default => crate::default_model::main()?,
+            Source::DefaultDraft => crate::default_model::draft()?,
             Source::Dir(dir) => Checkpoint::open(dir, self.mapping)?,
         };
         let text = Text::load(&checkpoint)?;
@@ -294,7 +302,7 @@ struct Programs {
 pub struct Cancel(Arc<AtomicBool>);
 
 impl Cancel {
-    /// Ask the session to stop what it is doing.
+    /// Ask the session to end the reply that it is drawing. Forgotten when the next reply begins.
     pub fn cancel(&self) {
         self.0.store(true, Ordering::Relaxed);
     }

@@ -32,7 +32,7 @@ pub mod shader;
 pub mod tokenizer;
 
 pub use chat::{Answer, Chat, Piece};
-pub use default_model::main as default_checkpoint;
+pub use default_model::{draft as default_draft_checkpoint, main as default_checkpoint};
 pub use device::gpu::Gpu;
 pub use engine::{Cancel, DEFAULT_CHUNK, DEFAULT_CONTEXT, DeviceChoice, Engine, EngineBuilder, See, Session, Want};
 pub use error::{Error, Result};

@@ -104,6 +104,8 @@ impl<'s> Reply<'s> {
             let limit = session.engine().config().max_position_embeddings;
             return Err(Error::ContextFull { context, tokens: prompt.len(), limit });
         }
+        // A cancel that came too late for the last reply is not meant for this one.
+        session.take_cancel();
         let pending = session.reuse(prompt).to_vec();
         let stop_tokens = options.stop_tokens.clone();
         let stop_tokens = stop_tokens.unwrap_or_else(|| session.engine().generation().eos_token_id.clone());

@@ -3,6 +3,7 @@
 mod harness; // device or visible failure, inputs, comparison (itself tested)
 
 mod checkpoint; // malformed files: every one a clear error, in time, with no panic
+mod cli; // the binary as a user meets it
 mod engine; // sessions: chunks, reuse, cutting back, cancelling, errors, several engines on one device
 mod format; // number formats against outside vectors, exhaustively
 mod kernels; // every kernel x shape x slot filling against its twin; bits independent of neighbours

@@ -118,3 +118,14 @@ fn the_repository_names_no_machine() {
         }
     }
 }
+
+#[test]
+fn dependencies_bring_no_c_no_runtime_and_no_network() {
+    let lock = fs::read_to_string(root().join("Cargo.lock")).unwrap();
+    let names: BTreeSet<&str> = lock.lines().filter_map(|l| l.strip_prefix("name = \"")?.strip_suffix('"')).collect();
+    assert!(names.contains("wgpu"), "the lock file was not read");
+    for name in ["cc", "cmake", "bindgen", "onig_sys", "tokio", "async-std", "hyper", "reqwest", "ureq", "openssl-sys"]
+    {
+        assert!(!names.contains(name), "{name} came in: see `cargo tree -i {name}`");
+    }
+}

@@ -38,7 +38,7 @@ pub(super) fn devices() -> anyhow::Result<Ending> {
     } else {
         writeln!(out, "\nChoose with --adapter NAME (a part of the name will do) or --device cpu.")?;
         if auto.is_none() {
-            writeln!(out, "Software adapters compute on the CPU too, slower than the twins: auto does not take them.")?;
+            writeln!(out, "A software adapter computes on the CPU as well: auto takes the twins instead.")?;
         }
     }
     Ok(Ending::Done)

@@ -5,7 +5,11 @@
 use fourfold::Cancel;
 use std::io::{self, IsTerminal, Write};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+/// An answer that stops sooner needs no word about it.
+const SOON: Duration = Duration::from_millis(300);
 
 /// What Ctrl-C means at the moment.
 #[derive(Default)]
@@ -25,27 +29,42 @@ impl Interrupt {
     }
 
     fn hear(&self) {
-        let answer = self.answer.lock().unwrap_or_else(PoisonError::into_inner);
-        match &*answer {
-            Some(cancel) if !self.asked.swap(true, Ordering::Relaxed) => cancel.cancel(),
-            _ => {
-                if io::stderr().is_terminal() {
-                    let _ = io::stderr().write_all(b"\x1b[0m\n");
-                }
-                std::process::exit(super::INTERRUPTED.into());
+        if !self.stop_answer() {
+            if io::stderr().is_terminal() {
+                let _ = io::stderr().write_all(b"\x1b[0m\n");
             }
+            std::process::exit(super::INTERRUPTED.into());
         }
+        // It stops at the next token or chunk of the prompt, which on a slow device may be a while.
+        std::thread::sleep(SOON);
+        if self.asked.load(Ordering::Relaxed) && self.answer().is_some() {
+            super::terminal::note("\nstopping after this step; Ctrl-C again ends the program");
+        }
+    }
+
+    /// Whether there was an answer that had not been asked to stop.
+    fn stop_answer(&self) -> bool {
+        let answer = self.answer();
+        answer.as_ref().is_some_and(|cancel| {
+            let first = !self.asked.swap(true, Ordering::Relaxed);
+            cancel.cancel();
+            first
+        })
+    }
+
+    fn answer(&self) -> MutexGuard<'_, Option<Cancel>> {
+        self.answer.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Ctrl-C stops this answer until [`Self::end`].
     pub(super) fn begin(&self, answer: Cancel) {
         self.asked.store(false, Ordering::Relaxed);
-        *self.answer.lock().unwrap_or_else(PoisonError::into_inner) = Some(answer);
+        *self.answer() = Some(answer);
     }
 
     /// The answer is over. Whether Ctrl-C was pressed during it.
     pub(super) fn end(&self) -> bool {
-        *self.answer.lock().unwrap_or_else(PoisonError::into_inner) = None;
+        *self.answer() = None;
         self.asked.load(Ordering::Relaxed)
     }
 }

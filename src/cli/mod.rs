@@ -28,11 +28,11 @@ Exit codes:
   2    bad usage: an option or argument that cannot work
   3    bad checkpoint: a file, tensor, tokenizer or template
   4    the context is full: prompt or answer did not fit
-  130  stopped by Ctrl-C";
+  130  stopped by Ctrl-C
 
-/// Run FP4 Mixture-of-Experts language models on any GPU, or on the CPU.
-///
-/// Without a command it is `fourfold run`: a chat on a terminal; in a pipe, an answer to what comes in on stdin.
+Without a command it is `fourfold run`: a chat on a terminal; in a pipe, an answer to what comes in on stdin.";
+
+/// Run FP4 Mixture-of-Experts language models on any GPU, or on the CPU
 #[derive(Parser)]
 #[command(name = "fourfold", version, about, after_help = EXAMPLES)]
 struct Cli {
@@ -51,7 +51,10 @@ enum Command {
     Inspect(inspect::Args),
     /// List the adapters that could compute
     Devices,
-    /// Write shell completions to stdout: `fourfold completions bash > ~/.local/share/bash-completion/completions/fourfold`
+    /// Write a shell's completions to stdout
+    #[command(
+        after_help = "Example:\n  fourfold completions bash > ~/.local/share/bash-completion/completions/fourfold"
+    )]
     Completions {
         /// bash, elvish, fish, powershell or zsh
         shell: clap_complete::Shell,

@@ -31,9 +31,9 @@ Examples:
   fourfold run --model ~/models/gpt-oss-20b --reasoning high \"How many primes are below 100?\"
   fourfold run --device cpu --greedy \"Hello\"            no GPU, no chance
 
-On a terminal without PROMPT it is a chat; /help lists its commands. Ctrl-C stops an answer, pressed again the
-program. In a pipe only the final answer is written; --show-reasoning adds the rest. Without PROMPT and with nothing
-on stdin, the built-in model continues \"Once upon a time\".";
+On a terminal without PROMPT it is a chat; /help lists its commands. Ctrl-C stops an answer, pressed again the program. \
+In a pipe only the final answer is written; --show-reasoning adds the rest. Without PROMPT and with nothing on stdin, \
+the built-in model continues \"Once upon a time\".";
 
 /// Flags of `fourfold run`.
 #[derive(clap::Args)]
@@ -42,7 +42,7 @@ pub(super) struct Args {
     /// What to answer (or, with --raw, to continue) [default: a chat on a terminal, else all of stdin]
     pub(super) prompt: Option<String>,
 
-    /// Continue PROMPT as bare text, without a chat format. Control tokens spelled in it, such as <|end|>, are such
+    /// Continue PROMPT as bare text, without a chat format. What spells a control token, such as <|end|>, is one
     #[arg(long, conflicts_with_all = ["system", "reasoning", "date", "show_reasoning"])]
     pub(super) raw: bool,
     /// What the model should keep to in the whole conversation
@@ -128,7 +128,7 @@ pub(super) struct EngineArgs {
     /// How keys and values are kept; bf16 takes half the memory
     #[arg(long, value_name = "FORMAT", default_value = "f32")]
     kv: KvArg,
-    /// Stages that the CPU computes while the rest stays on the GPU, such as routing,scatter
+    /// Stages that the CPU computes while the rest stays on the GPU: choosing experts, summing their outputs, attention; several with commas between
     #[arg(long, value_name = "STAGES", value_delimiter = ',')]
     host: Vec<Stage>,
     /// Read the weights into memory instead of mapping the files
@@ -161,11 +161,8 @@ enum DeviceArg {
 
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum Stage {
-    /// Choosing experts
     Routing,
-    /// Summing the experts' outputs
     Scatter,
-    /// Attention over the cache
     Attention,
 }
 
@@ -353,7 +350,10 @@ impl Run<'_> {
             parts.push("stopped".to_owned());
         }
         let paint = Paint(terminal::styled(&io::stderr()));
-        terminal::note(&format!("{}{}{}", paint.dim(), terminal::printable(&parts.join(" · ")), paint.plain()));
+        // The terminal has written ^C, and no text has ended that line.
+        let end = if streamed.interrupted && streamed.first.is_none() && paint.0 { "\n" } else { "" };
+        let line = parts.join(" · ");
+        terminal::note(&format!("{end}{}{}{}", paint.dim(), terminal::printable(&line), paint.plain()));
     }
 }
 

@@ -6,10 +6,9 @@ use fourfold::tokenizer::harmony::Channel;
 use std::io::{self, IsTerminal, Write};
 
 /// Writes the pieces of one answer.
-pub(super) struct Screen {
-    paint: Paint,
-    on_terminal: bool,
-    show_reasoning: bool,
+pub(super) struct Screen<W: Write> {
+    out: W,
+    look: Look,
     open: Option<Channel>,
     /// Text was left out.
     hid: bool,
@@ -17,42 +16,57 @@ pub(super) struct Screen {
     at_line_start: bool,
 }
 
-impl Screen {
-    /// `show_reasoning`: in a pipe too.
+/// What the other end of stdout is.
+#[derive(Clone, Copy)]
+struct Look {
+    paint: Paint,
+    on_terminal: bool,
+    /// In a pipe too.
+    show_reasoning: bool,
+}
+
+impl Screen<io::Stdout> {
+    /// On stdout. `show_reasoning`: in a pipe too.
     pub(super) fn new(show_reasoning: bool) -> Self {
-        let on_terminal = io::stdout().is_terminal();
-        let paint = Paint(terminal::styled(&io::stdout()));
-        Self { paint, on_terminal, show_reasoning, open: None, hid: false, at_line_start: true }
+        let out = io::stdout();
+        let look = Look { paint: Paint(terminal::styled(&out)), on_terminal: out.is_terminal(), show_reasoning };
+        Self::on(out, look)
+    }
+}
+
+impl<W: Write> Screen<W> {
+    fn on(out: W, look: Look) -> Self {
+        Self { out, look, open: None, hid: false, at_line_start: true }
     }
 
     /// Write a piece at once.
     pub(super) fn show(&mut self, piece: &Piece) -> io::Result<()> {
         let reasoning = reasoning(&piece.channel);
-        if reasoning.is_some() && !self.on_terminal && !self.show_reasoning {
+        if reasoning.is_some() && !self.look.on_terminal && !self.look.show_reasoning {
             self.hid |= !piece.text.is_empty();
             return Ok(());
         }
-        let mut out = io::stdout().lock();
         if self.open.as_ref() != Some(&piece.channel) {
-            self.turn(&mut out, reasoning)?;
+            self.turn(reasoning)?;
             self.open = Some(piece.channel.clone());
         }
-        let text = if self.on_terminal { terminal::printable(&piece.text) } else { (&piece.text).into() };
-        out.write_all(text.as_bytes())?;
+        let text = if self.look.on_terminal { terminal::printable(&piece.text) } else { (&piece.text).into() };
+        self.out.write_all(text.as_bytes())?;
         self.at_line_start = text.ends_with('\n') || (text.is_empty() && self.at_line_start);
-        out.flush()
+        self.out.flush()
     }
 
-    /// End the open channel and head the next: reasoning under its name, the answer plain after a blank line.
-    fn turn(&self, out: &mut impl Write, reasoning: Option<&str>) -> io::Result<()> {
-        let paint = self.paint;
+    /// End the open channel, and head the next with its name; an answer that is alone or plain among dim text needs none.
+    fn turn(&mut self, reasoning: Option<&str>) -> io::Result<()> {
+        let Look { paint, on_terminal, .. } = self.look;
         if self.open.is_some() {
             let end = if self.at_line_start { "\n" } else { "\n\n" };
-            write!(out, "{}{end}", paint.plain())?;
+            write!(self.out, "{}{end}", paint.plain())?;
         }
+        let in_pipe_with_names = !on_terminal && self.look.show_reasoning;
         match reasoning {
-            Some(name) => writeln!(out, "{}[{}]", paint.dim(), terminal::printable(name)),
-            None if self.show_reasoning && !self.on_terminal => writeln!(out, "[final]"),
+            Some(name) => writeln!(self.out, "{}[{}]", paint.dim(), terminal::printable(name)),
+            None if in_pipe_with_names || (self.open.is_some() && !paint.0) => writeln!(self.out, "[final]"),
             None => Ok(()),
         }
     }
@@ -63,9 +77,8 @@ impl Screen {
             return Ok(());
         }
         let end = if self.at_line_start { "" } else { "\n" };
-        let mut out = io::stdout().lock();
-        write!(out, "{}{end}", self.paint.plain())?;
-        out.flush()
+        write!(self.out, "{}{end}", self.look.paint.plain())?;
+        self.out.flush()
     }
 
     /// There was text, and all of it was left out.
@@ -81,5 +94,43 @@ fn reasoning(channel: &Channel) -> Option<&str> {
         Channel::Commentary => Some("commentary"),
         Channel::Other(name) => Some(name),
         Channel::Final | Channel::None => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What is written of an answer with reasoning in two pieces, and whether all of it was hidden.
+    fn written(look: Look, pieces: &[(Channel, &str)]) -> (String, bool) {
+        let mut screen = Screen::on(Vec::new(), look);
+        for (channel, text) in pieces {
+            screen.show(&Piece { channel: channel.clone(), text: (*text).to_owned() }).unwrap();
+        }
+        screen.finish().unwrap();
+        let hid_everything = screen.hid_everything();
+        (String::from_utf8(screen.out).unwrap(), hid_everything)
+    }
+
+    #[test]
+    fn reasoning_stands_apart() {
+        let pieces =
+            [(Channel::Analysis, "Hm"), (Channel::Analysis, ".\n"), (Channel::Final, "A\x1bb"), (Channel::Final, "c")];
+        let terminal = Look { paint: Paint(true), on_terminal: true, show_reasoning: false };
+        let want = "\x1b[2m[analysis]\nHm.\n\x1b[0m\nA\u{fffd}bc\x1b[0m\n";
+        assert_eq!(written(terminal, &pieces).0, want);
+        let plain = Look { paint: Paint(false), ..terminal };
+        assert_eq!(written(plain, &pieces).0, "[analysis]\nHm.\n\n[final]\nA\u{fffd}bc\n");
+        assert_eq!(written(plain, &pieces[2..]).0, "A\u{fffd}bc\n");
+    }
+
+    #[test]
+    fn a_pipe_gets_the_answer_unless_it_asks_for_more() {
+        let pieces = [(Channel::Analysis, "Hm."), (Channel::Other("x".to_owned()), "y"), (Channel::None, "A\x1bb\n")];
+        let pipe = Look { paint: Paint(false), on_terminal: false, show_reasoning: false };
+        assert_eq!(written(pipe, &pieces), ("A\x1bb\n".to_owned(), false));
+        assert_eq!(written(pipe, &pieces[..2]), (String::new(), true));
+        let all = Look { show_reasoning: true, ..pipe };
+        assert_eq!(written(all, &pieces).0, "[analysis]\nHm.\n\n[x]\ny\n\n[final]\nA\x1bb\n");
     }
 }

@@ -130,14 +130,14 @@ impl Rope {
                         v[i + dh / 2] = (b * cos + a * sin) as f32;
                     }
                     if head >= h {
-                        for i in 0..dh {
-                            self.format.store(keys, (slot * hk + head - h) * dh + i, v[i]);
+                        for (i, rotated) in v.iter().enumerate() {
+                            self.format.store(keys, (slot * hk + head - h) * dh + i, *rotated);
                         }
                         v.copy_from_slice(&old); // the kernel leaves keys in `qkv` as they were
                     }
                 } else {
-                    for i in 0..dh {
-                        self.format.store(values, (slot * hk + head - h - hk) * dh + i, v[i]);
+                    for (i, value) in v.iter().enumerate() {
+                        self.format.store(values, (slot * hk + head - h - hk) * dh + i, *value);
                     }
                 }
             }

@@ -24,8 +24,8 @@ Examples:
   fourfold inspect ~/models/gpt-oss-20b --context 32768    with the memory that such a context takes
   fourfold inspect ~/models/gpt-oss-20b --all > report.txt
 
-Scales: each FP4 block of 32 elements has an E8M0 byte s and is worth 2^(s - 127) times its codes. Suspicious is a byte
-of 255 (NaN); of 0 (2^-127, which GPUs may take for 0), or more than 40 away from the tensor's median, where the block
+Scales: each FP4 block of 32 elements has an E8M0 byte s and is worth 2^(s - 127) times its codes. Suspicious is a byte \
+of 255 (NaN); of 0 (2^-127, which GPUs may take for 0), or more than 40 away from the tensor's median, where the block \
 has codes other than zero. The median is that of the bytes from 1 to 254.";
 
 /// Flags of `fourfold inspect`.
@@ -58,7 +58,8 @@ pub(super) fn inspect(args: &Args) -> anyhow::Result<Ending> {
         Some(dir) => Checkpoint::open(dir, mapping)?,
         None => fourfold::default_checkpoint()?,
     };
-    let mut report = Report { checkpoint: &checkpoint, args, out: io::BufWriter::new(io::stdout().lock()), paint: paint() };
+    let mut report =
+        Report { checkpoint: &checkpoint, args, out: io::BufWriter::new(io::stdout().lock()), paint: paint() };
     let config = report.checkpoint.require("config.json");
     let config = config.and_then(|json| Config::from_json(&checkpoint.path("config.json"), json));
     report.files()?;
@@ -132,7 +133,10 @@ impl<W: Write> Report<'_, W> {
             ("hidden size", format!("{}, {} layers", c.hidden_size, c.num_hidden_layers)),
             (
                 "attention",
-                format!("{} query heads of {}, {} key/value heads", c.num_attention_heads, c.head_dim, c.num_key_value_heads),
+                format!(
+                    "{} query heads of {}, {} key/value heads",
+                    c.num_attention_heads, c.head_dim, c.num_key_value_heads
+                ),
             ),
             ("layers", format!("{sliding} see the last {} positions, {full} see all", c.sliding_window)),
             (
@@ -151,14 +155,15 @@ impl<W: Write> Report<'_, W> {
     /// Tokenizer, chat format and recommended sampling. The inner result is what the engine would refuse of them.
     fn text(&mut self, config: &Config) -> io::Result<Result<()>> {
         let c = self.checkpoint;
-        let tokenizer = c.file("tokenizer.json").map(|j| Tokenizer::from_bytes(&c.path("tokenizer.json"), j)).transpose();
+        let tokenizer =
+            c.file("tokenizer.json").map(|j| Tokenizer::from_bytes(&c.path("tokenizer.json"), j)).transpose();
         let template = c.file("chat_template.jinja").map(|source| {
             let source = String::from_utf8_lossy(source);
             ChatTemplate::new(&c.path("chat_template.jinja"), &source)
         });
-        let generation = c.file("generation_config.json").map(|json| {
-            GenerationConfig::from_json(&c.path("generation_config.json"), json, config)
-        });
+        let generation = c
+            .file("generation_config.json")
+            .map(|json| GenerationConfig::from_json(&c.path("generation_config.json"), json, config));
         let generation = generation.unwrap_or_else(|| Ok(GenerationConfig::from_config(config)));
         let harmony = |t: &Tokenizer| if Harmony::new(t).is_ok() { "Harmony" } else { "none: bare continuation only" };
         let refused = |e: &fourfold::Error| format!("refused: {e}");
@@ -199,7 +204,14 @@ impl<W: Write> Report<'_, W> {
         let row = |(kind, sum): (&Kind, &Sum)| {
             let share = 100.0 * sum.bytes as f64 / total_bytes.max(1) as f64;
             let (parameters, bytes) = (count(sum.parameters), bytes(sum.bytes));
-            vec![kind.name().to_owned(), sum.tensors.to_string(), sum.formats.join(", "), parameters, bytes, format!("{share:.1} %")]
+            vec![
+                kind.name().to_owned(),
+                sum.tensors.to_string(),
+                sum.formats.join(", "),
+                parameters,
+                bytes,
+                format!("{share:.1} %"),
+            ]
         };
         let rows: Vec<Vec<String>> = kinds.iter().map(row).collect();
         self.title("Sizes")?;
@@ -213,7 +225,10 @@ impl<W: Write> Report<'_, W> {
         let looked_up = if of(Kind::Head) > 0 { of(Kind::Embedding) } else { 0 };
         let active = total - experts + used - looked_up;
         let (total, active) = (count(total), count(active));
-        writeln!(self.out, "  {total} parameters, of which a token uses {active} (looking up its embedding not counted)")
+        writeln!(
+            self.out,
+            "  {total} parameters, of which a token uses {active} (looking up its embedding not counted)"
+        )
     }
 
     fn tensors(&mut self) -> io::Result<()> {
@@ -261,7 +276,8 @@ impl<W: Write> Report<'_, W> {
         if n_suspects == 0 {
             return writeln!(self.out, "  no suspicious scale in any layer (--help has the rule)");
         }
-        self.title(&format!("{} suspicious scales, in all layers (--help has the rule)", grouped(n_suspects)))?;
+        let plural = if n_suspects == 1 { "" } else { "s" };
+        self.title(&format!("{} suspicious scale{plural}, in all layers (--help has the rule)", grouped(n_suspects)))?;
         suspects.truncate(scales::LISTED);
         terminal::table(&mut self.out, self.paint, &["name", "place", ">scale", ">median", "why"], &suspects)?;
         match n_suspects - suspects.len() as u64 {
@@ -290,7 +306,7 @@ impl<W: Write> Report<'_, W> {
         self.facts(&[
             ("weights", format!("{} on the device, as they lie on disk", bytes(ledger.weights))),
             ("KV cache", format!("{} for {context} tokens in {}", bytes(ledger.cache), kv_name(self.args.kv))),
-            ("activations", format!("{} and tables, for {chunk} tokens at once", bytes(ledger.rest))),
+            ("the rest", format!("{} for activations of {chunk} tokens at once, and tables", bytes(ledger.rest))),
             ("together", format!("{} for one conversation", bytes(total))),
         ])?;
         for adapter in gpu::list() {

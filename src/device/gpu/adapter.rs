@@ -22,6 +22,8 @@ pub struct AdapterFacts {
     pub max_binding_bytes: u64,
     /// Largest buffer, in bytes.
     pub max_buffer_bytes: u64,
+    /// Largest number of workgroups in one dimension of a grid.
+    pub max_grid: u32,
 }
 
 /// The wgpu instance that every device of ours comes from.
@@ -72,6 +74,7 @@ pub(super) fn facts(info: &wgpu::AdapterInfo, features: Features, limits: &Limit
         f16: features.contains(Features::SHADER_F16),
         max_binding_bytes: limits.max_storage_buffer_binding_size,
         max_buffer_bytes: limits.max_buffer_size,
+        max_grid: limits.max_compute_workgroups_per_dimension,
     }
 }
 

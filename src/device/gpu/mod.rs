@@ -76,7 +76,7 @@ impl Gpu {
                 .max_binding_bytes
                 .min(facts.max_buffer_bytes)
                 .min(options.max_binding_bytes.unwrap_or(u64::MAX)),
-            max_grid: device.limits().max_compute_workgroups_per_dimension,
+            max_grid: facts.max_grid,
         };
         let compile = Compile {
             // Shuffles stay inside eight aligned lanes, so any size from eight up will do.
@@ -120,7 +120,7 @@ impl Gpu {
         let internal = self.device.push_error_scope(wgpu::ErrorFilter::Internal);
         let memory = self.device.push_error_scope(wgpu::ErrorFilter::OutOfMemory);
         let done = work();
-        let errors = [memory.pop(), internal.pop(), validation.pop()].map(|e| pollster::block_on(e));
+        let errors = [memory.pop(), internal.pop(), validation.pop()].map(pollster::block_on);
         match errors.into_iter().flatten().next() {
             None => Ok(done),
             Some(wgpu::Error::OutOfMemory { .. }) => {
@@ -193,7 +193,7 @@ impl Device for Gpu {
     }
 
     fn write(&self, to: Slice, bytes: &[u8]) -> Result<()> {
-        debug_assert!(bytes.len() % 4 == 0 && bytes.len() as u64 <= to.bytes);
+        debug_assert!(bytes.len().is_multiple_of(4) && bytes.len() as u64 <= to.bytes);
         let buffer = self.buffer(to.buffer);
         let mut offset = to.offset;
         for piece in bytes.chunks(32 << 20) {

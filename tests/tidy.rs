@@ -130,7 +130,8 @@ fn dependencies_bring_no_c_no_runtime_and_no_network() {
     let text = String::from_utf8(output.stdout).unwrap();
     let names: BTreeSet<&str> = text.lines().filter_map(|l| l.split(' ').next()).collect();
     assert!(names.contains("wgpu"), "the tree was not read: {text}");
-    for name in ["cc", "cmake", "bindgen", "onig_sys", "tokio", "async-std", "hyper", "reqwest", "ureq", "openssl-sys"] {
+    for name in ["cc", "cmake", "bindgen", "onig_sys", "tokio", "async-std", "hyper", "reqwest", "ureq", "openssl-sys"]
+    {
         assert!(!names.contains(name), "{name} came in: see `cargo tree -i {name}`");
     }
 }

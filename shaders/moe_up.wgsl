@@ -50,8 +50,11 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     up = reduce8(up, lane);
     if lane % 8u == 0u && f < F && part < COUNT {
         let at = (expert * F + f) * 2u;
-        let g = min(gate + bias_at(at), LIMIT);
-        let u = clamp(up + bias_at(at + 1u), -LIMIT, LIMIT);
+        // select and not min: a NaN must not become the limit.
+        let g0 = gate + bias_at(at);
+        let u0 = up + bias_at(at + 1u);
+        let g = select(g0, LIMIT, g0 > LIMIT);
+        let u = select(select(u0, LIMIT, u0 > LIMIT), -LIMIT, u0 < -LIMIT);
         y[group.y * F + f] = g / (1.0 + exp_f32(-(ALPHA * g))) * (u + 1.0);
     }
 }

@@ -1,10 +1,10 @@
 //! A conversation: messages in, pieces of text out, the cache reused from turn to turn.
 
 use crate::engine::Session;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::reply::{Finish, Reply, ReplyOptions, Stats};
 use crate::sampler::StopStrings;
-use crate::tokenizer::{Channel, ChatOptions, Event, HarmonyParser, Message};
+use crate::tokenizer::{Channel, ChatOptions, Event, Harmony, HarmonyParser, Message};
 use std::collections::VecDeque;
 
 /// A session with the messages that were exchanged in it.
@@ -57,8 +57,8 @@ impl Chat {
         &self.session
     }
 
-    /// Answer a user's message. When the answer is dropped or has ended, what was said of it joins the conversation.
-    /// On an error here the message is not part of the conversation.
+    /// Answer a user's message. When the answer is dropped, what was said of it joins the conversation; if nothing was
+    /// said, neither does the message.
     pub fn ask(&mut self, text: &str, options: &ReplyOptions) -> Result<Answer<'_>> {
         self.messages.push(Message::new("user", text));
         let engine = self.session.engine().clone();
@@ -76,16 +76,16 @@ impl Chat {
             }
         };
         let tokenizer = engine.tokenizer()?;
-        let harmony = ["<|start|>", "<|channel|>", "<|message|>"];
-        let harmony = harmony.iter().all(|t| tokenizer.token_id(t).is_some_and(|id| tokenizer.is_special(id)));
-        let parser = harmony.then(|| HarmonyParser::new(tokenizer));
+        let parser = Harmony::new(tokenizer).is_ok().then(|| HarmonyParser::new(tokenizer));
         Ok(Answer {
-            reply,
+            reply: reply.marking(),
             parser,
             stops: StopStrings::new(stops),
             messages: &mut self.messages,
             said: Message::new("assistant", ""),
+            held: Channel::Final,
             ready: VecDeque::new(),
+            failed: None,
             over: false,
         })
     }
@@ -99,7 +99,10 @@ pub struct Answer<'c> {
     stops: StopStrings,
     messages: &'c mut Vec<Message>,
     said: Message,
+    /// The channel of the text that `stops` holds back.
+    held: Channel,
     ready: VecDeque<Piece>,
+    failed: Option<Error>,
     over: bool,
 }
 
@@ -116,12 +119,13 @@ impl Answer<'_> {
 
     /// Draw one token and queue the pieces that it completes.
     fn draw(&mut self) -> Result<()> {
-        let token = self.reply.next().transpose()?;
-        let last = token.as_ref().is_none_or(|t| t.finish.is_some());
+        let drawn = self.reply.next().transpose();
+        let token = drawn.as_ref().ok().and_then(Option::as_ref);
+        let last = token.is_none_or(|t| t.finish.is_some());
         let mut events = Vec::new();
         match &mut self.parser {
             None => {
-                let text = token.map(|t| t.text).unwrap_or_default();
+                let text = token.map_or_else(|| self.reply.take_rest(), |t| t.text.clone());
                 events.push(Event::Text { channel: Channel::Final, recipient: None, text });
             }
             Some(parser) => {
@@ -135,38 +139,51 @@ impl Answer<'_> {
             }
         }
         self.over |= last;
-        let mut hit = false;
         for event in events {
-            if let Event::Text { channel, text, .. } = event
-                && !hit
+            if let Event::Text { channel, recipient, text } = event
+                && self.queue(channel, recipient.is_some(), &text)
             {
-                hit = self.queue(channel, text);
+                self.over = true;
+                return drawn.map(drop);
             }
         }
-        if self.over && !hit {
-            let held_back = self.stops.finish();
-            self.show(Channel::Final, held_back);
+        if self.over {
+            self.flush();
         }
-        self.over |= hit;
-        Ok(())
+        drawn.map(drop)
     }
 
-    /// Queue text up to a stop string, and say whether one was met; reasoning is not searched for them.
-    fn queue(&mut self, channel: Channel, text: String) -> bool {
-        if channel == Channel::Analysis {
-            self.said.thinking.get_or_insert_default().push_str(&text);
-            self.ready.push_back(Piece { channel, text });
+    /// Queue text up to a stop string, and say whether one was met. Only the answer is searched for them: reasoning, and
+    /// what is said to a tool, is not.
+    fn queue(&mut self, channel: Channel, to_tool: bool, text: &str) -> bool {
+        let is_answer = !to_tool && matches!(channel, Channel::Final | Channel::None);
+        if !is_answer || self.held != channel {
+            self.flush();
+        }
+        if !is_answer {
+            self.show(channel, text);
             return false;
         }
-        let (text, hit) = self.stops.push(&text);
-        self.show(channel, text);
+        self.held = channel.clone();
+        let (text, hit) = self.stops.push(text);
+        self.said.content.push_str(&text);
+        self.show(channel, &text);
         hit
     }
 
-    fn show(&mut self, channel: Channel, text: String) {
+    /// Queue what was held back for a stop string that did not come.
+    fn flush(&mut self) {
+        let text = self.stops.finish();
         self.said.content.push_str(&text);
+        self.show(self.held.clone(), &text);
+    }
+
+    fn show(&mut self, channel: Channel, text: &str) {
+        if channel == Channel::Analysis {
+            self.said.thinking.get_or_insert_default().push_str(text);
+        }
         if !text.is_empty() {
-            self.ready.push_back(Piece { channel, text });
+            self.ready.push_back(Piece { channel, text: text.to_owned() });
         }
     }
 }
@@ -179,12 +196,15 @@ impl Iterator for Answer<'_> {
             if let Some(piece) = self.ready.pop_front() {
                 return Some(Ok(piece));
             }
+            if let Some(e) = self.failed.take() {
+                return Some(Err(e));
+            }
             if self.over {
                 return None;
             }
             if let Err(e) = self.draw() {
                 self.over = true;
-                return Some(Err(e));
+                self.failed = Some(e); // after what was said before it
             }
         }
     }
@@ -192,6 +212,10 @@ impl Iterator for Answer<'_> {
 
 impl Drop for Answer<'_> {
     fn drop(&mut self) {
-        self.messages.push(self.said.clone());
+        if self.said.content.is_empty() && self.said.thinking.is_none() {
+            self.messages.pop(); // nothing was said: the question was not asked
+        } else {
+            self.messages.push(self.said.clone());
+        }
     }
 }

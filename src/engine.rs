@@ -6,9 +6,9 @@ use crate::device::{self, Device, cpu::Cpu, gpu};
 use crate::error::{Error, Result};
 use crate::model::{GptOss, Plan, Progress, State};
 use crate::ops::{CacheFormat, Row, Step};
-use crate::program::{HostStages, Program};
+use crate::program::{HostStages, Program, Slice};
 use crate::reply::{Reply, ReplyOptions};
-use crate::tokenizer::{ChatFormat, ChatTemplate, Harmony, TokenId, Tokenizer};
+use crate::tokenizer::{ChatFormat, Text, TokenId, Tokenizer};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -83,7 +83,7 @@ impl EngineBuilder {
         self
     }
 
-    /// Most prompt tokens in one step. More is faster and costs memory for activations. No effect on results.
+    /// Most prompt tokens in one step, 1 to 2048. More is faster and costs memory for activations. No effect on results.
     pub fn chunk(mut self, tokens: usize) -> Self {
         self.chunk = Some(tokens);
         self
@@ -114,29 +114,19 @@ impl EngineBuilder {
             Source::DefaultDraft => crate::default_model::draft()?,
             Source::Dir(dir) => Checkpoint::open(dir, self.mapping)?,
         };
-        let text = Text::load(&checkpoint)?;
         let config = Config::from_json(&checkpoint.path("config.json"), checkpoint.require("config.json")?)?;
-        let generation = match checkpoint.file("generation_config.json") {
-            Some(json) => GenerationConfig::from_json(&checkpoint.path("generation_config.json"), json, &config)?,
-            None => GenerationConfig::from_config(&config),
-        };
-        if let Some(tokenizer) = text.as_ref().map(|t| &t.tokenizer)
-            && tokenizer.vocab_size() > config.vocab_size
-        {
-            let (has, rows) = (tokenizer.vocab_size(), config.vocab_size);
-            let reason = format!("has {has} tokens, but the model has only {rows} (vocab_size in config.json)");
-            return Err(Error::file(checkpoint.path("tokenizer.json"), reason));
-        }
+        let Text { tokenizer, chat, generation } = Text::load(&checkpoint, &config)?;
         let limit = config.max_position_embeddings;
         let context = self.context.unwrap_or(DEFAULT_CONTEXT.min(limit));
-        let chunk = self.chunk.unwrap_or(DEFAULT_CHUNK).min(context.max(1));
+        let chunk = self.chunk.unwrap_or(DEFAULT_CHUNK);
         let clamp = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
-        let plan = Plan { context: clamp(context), chunk: clamp(chunk), cache: self.cache, host: self.host };
+        let mut plan = Plan { context: clamp(context), chunk: clamp(chunk), cache: self.cache, host: self.host };
         plan.check(&config)?;
+        plan.chunk = plan.chunk.min(plan.context);
         let (device, fallback) = open_device(&self.device)?;
         let model = GptOss::load(&checkpoint, config, &device, plan.context, &mut self.progress)?;
         let name = checkpoint.name().to_owned();
-        Ok(Engine { inner: Arc::new(Inner { name, device, fallback, model, plan, text, generation }) })
+        Ok(Engine { inner: Arc::new(Inner { name, device, fallback, model, plan, tokenizer, chat, generation }) })
     }
 }
 
@@ -145,14 +135,10 @@ fn open_device(choice: &DeviceChoice) -> Result<(Arc<dyn Device>, Option<String>
         DeviceChoice::Own(device) => (device.clone(), None),
         DeviceChoice::Cpu => (Arc::new(Cpu::default()), None),
         DeviceChoice::Gpu(options) => (Arc::new(gpu::Gpu::open(options)?), None),
-        DeviceChoice::Auto => {
-            let why = match gpu::Gpu::open(&gpu::Options::default()) {
-                Ok(gpu) if gpu::is_hardware(gpu.facts()) => return Ok((Arc::new(gpu), None)),
-                Ok(gpu) => format!("only a software adapter was found ({})", gpu.facts().name),
-                Err(e) => e.to_string(),
-            };
-            (Arc::new(Cpu::default()), Some(format!("no GPU: {why}; running on the CPU")))
-        }
+        DeviceChoice::Auto => match gpu::Gpu::open_hardware() {
+            Ok(gpu) => (Arc::new(gpu), None),
+            Err(why) => (Arc::new(Cpu::default()), Some(format!("no GPU: {why}; running on the CPU"))),
+        },
     })
 }
 
@@ -169,44 +155,9 @@ struct Inner {
     fallback: Option<String>,
     model: GptOss,
     plan: Plan,
-    text: Option<Text>,
-    generation: GenerationConfig,
-}
-
-/// What turns text into tokens and back.
-#[derive(Debug)]
-struct Text {
-    tokenizer: Tokenizer,
+    tokenizer: Option<Tokenizer>,
     chat: Option<ChatFormat>,
-}
-
-impl Text {
-    fn load(checkpoint: &Checkpoint) -> Result<Option<Self>> {
-        let Some(json) = checkpoint.file("tokenizer.json") else { return Ok(None) };
-        let tokenizer = Tokenizer::from_bytes(&checkpoint.path("tokenizer.json"), json)?;
-        let chat = match checkpoint.file("chat_template.jinja") {
-            Some(source) => {
-                let path = checkpoint.path("chat_template.jinja");
-                let source =
-                    std::str::from_utf8(source).map_err(|e| Error::file(&path, format!("is not UTF-8: {e}")))?;
-                let [bos, eos] = special_tokens(checkpoint);
-                Some(ChatFormat::Template(ChatTemplate::new(&path, source)?.with_tokens(&bos, &eos)))
-            }
-            // gpt-oss without its template is still gpt-oss.
-            None => Harmony::new(&tokenizer).ok().map(ChatFormat::Harmony),
-        };
-        Ok(Some(Self { tokenizer, chat }))
-    }
-}
-
-/// `bos_token` and `eos_token` of tokenizer_config.json: each a string, or an object with its text in `content`.
-fn special_tokens(checkpoint: &Checkpoint) -> [String; 2] {
-    let json = checkpoint.file("tokenizer_config.json").unwrap_or_default();
-    let config: serde_json::Value = serde_json::from_slice(json).unwrap_or_default();
-    ["bos_token", "eos_token"].map(|key| {
-        let token = &config[key];
-        token.as_str().or_else(|| token["content"].as_str()).unwrap_or_default().to_owned()
-    })
+    generation: GenerationConfig,
 }
 
 impl Engine {
@@ -256,25 +207,22 @@ impl Engine {
 
     /// The tokenizer; an error where the checkpoint has none.
     pub fn tokenizer(&self) -> Result<&Tokenizer> {
-        self.text().map(|text| &text.tokenizer)
+        let missing = || {
+            let reason = "is missing, so this checkpoint takes and gives token ids only; copy it from the model's page";
+            Error::file(Path::new(&self.inner.name).join("tokenizer.json").display().to_string(), reason)
+        };
+        self.inner.tokenizer.as_ref().ok_or_else(missing)
     }
 
-    /// How a conversation becomes a prompt.
+    /// How a conversation becomes a prompt; an error where the checkpoint does not say.
     pub fn chat_format(&self) -> Result<&ChatFormat> {
+        self.tokenizer()?;
         let missing = || {
             let reason =
                 "this checkpoint has no chat template, and its tokenizer is not Harmony's: use bare continuation";
             Error::Text { what: self.inner.name.clone(), reason: reason.to_owned() }
         };
-        self.text()?.chat.as_ref().ok_or_else(missing)
-    }
-
-    fn text(&self) -> Result<&Text> {
-        let missing = || {
-            let reason = "is missing, so this checkpoint takes and gives token ids only; copy it from the model's page";
-            Error::file(Path::new(&self.inner.name).join("tokenizer.json").display().to_string(), reason)
-        };
-        self.inner.text.as_ref().ok_or_else(missing)
+        self.inner.chat.as_ref().ok_or_else(missing)
     }
 
     /// A new conversation with a cache of its own.
@@ -286,7 +234,7 @@ impl Engine {
             inner.device.prepare(program)?;
         }
         let cancel = Arc::new(AtomicBool::new(false));
-        Ok(Session { engine: self.clone(), state, programs, tokens: Vec::new(), written: 0, cancel })
+        Ok(Session { engine: self.clone(), state, programs, tokens: Vec::new(), written: 0, cancel, mark: None })
     }
 }
 
@@ -318,6 +266,15 @@ pub struct Session {
     /// Positions below this have been written since the cache was last empty.
     written: usize,
     cancel: Arc<AtomicBool>,
+    mark: Option<Mark>,
+}
+
+/// What the sliding layers held at some point of a conversation: enough to come back to it later.
+#[derive(Debug)]
+struct Mark {
+    tokens: Vec<TokenId>,
+    written: usize,
+    rings: Vec<(Slice, Vec<u8>)>,
 }
 
 /// Which rows' logits a step should give.
@@ -364,13 +321,46 @@ impl Session {
     pub fn clear(&mut self) {
         self.tokens.clear();
         self.written = 0;
+        self.mark = None;
+    }
+
+    /// Remember this point, so that the conversation can come back to it however far it goes on. A chat's next prompt
+    /// parts from this one's answer at its first token where reasoning is left out of it.
+    pub(crate) fn set_mark(&mut self) -> Result<()> {
+        let device = &self.engine.inner.device;
+        let read = |slice: Slice| {
+            let mut bytes = vec![0; slice.bytes as usize];
+            device.read(slice, &mut bytes)?;
+            Ok((slice, bytes))
+        };
+        let rings = self.engine.inner.model.rings(&self.state).map(read).collect::<Result<_>>()?;
+        self.mark = Some(Mark { tokens: self.tokens.clone(), written: self.written, rings });
+        Ok(())
+    }
+
+    /// Go back to the mark, if it lies in the first `shared` tokens of the conversation and `cut` could not keep as many.
+    fn return_to_mark(&mut self, shared: usize) -> Result<()> {
+        let Some(mark) = &self.mark else { return Ok(()) };
+        let len = mark.tokens.len();
+        let model = &self.engine.inner.model;
+        let plan = &self.engine.inner.plan;
+        if len > shared || self.tokens[..len] != mark.tokens || model.can_cut(plan, shared, self.written) {
+            return Ok(());
+        }
+        for (slice, bytes) in &mark.rings {
+            self.engine.inner.device.write(*slice, bytes)?;
+        }
+        self.written = mark.written;
+        self.tokens.truncate(len);
+        Ok(())
     }
 
     /// Keep the first `len` tokens at most; fewer (none) if a sliding layer no longer has the keys to go on from there.
     pub fn cut(&mut self, len: usize) {
-        if len >= self.tokens.len() {
+        if len >= self.tokens.len() && self.written <= self.tokens.len() {
             return;
         }
+        let len = len.min(self.tokens.len());
         if len > 0 && self.engine.inner.model.can_cut(&self.engine.inner.plan, len, self.written) {
             self.tokens.truncate(len);
         } else {
@@ -379,10 +369,12 @@ impl Session {
     }
 
     /// Keep what the cache shares with `prompt`, but leave at least its last token to compute. Gives what is left.
-    pub fn reuse<'p>(&mut self, prompt: &'p [TokenId]) -> &'p [TokenId] {
+    pub fn reuse<'p>(&mut self, prompt: &'p [TokenId]) -> Result<&'p [TokenId]> {
         let shared = self.tokens.iter().zip(prompt).take_while(|(a, b)| a == b).count();
-        self.cut(shared.min(prompt.len().saturating_sub(1)));
-        &prompt[self.tokens.len()..]
+        let shared = shared.min(prompt.len().saturating_sub(1));
+        self.return_to_mark(shared)?;
+        self.cut(shared);
+        Ok(&prompt[self.tokens.len()..])
     }
 
     /// Answer a prompt: what the cache already holds of it is not computed again. Nothing runs before the first pull.
@@ -391,7 +383,7 @@ impl Session {
     }
 
     /// Append tokens to the conversation and compute them. Gives the logits wanted, row after row. If it fails, the
-    /// conversation is as it was before.
+    /// conversation is as it was before, or empty where a sliding layer has already lost keys that it needs.
     pub fn feed(&mut self, tokens: &[TokenId], want: Want) -> Result<Vec<f32>> {
         self.feed_seeing(tokens, want, None)
     }
@@ -406,8 +398,7 @@ impl Session {
         for (i, piece) in tokens.chunks(chunk).enumerate() {
             let want = if want == Want::Last && i + 1 < count { Want::Nothing } else { want };
             if let Err(e) = self.step(piece, want, &mut logits, see.as_mut()) {
-                // Positions past the end are written again before they are read, so forgetting them is enough.
-                self.tokens.truncate(before);
+                self.cut(before);
                 return Err(e);
             }
         }

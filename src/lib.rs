@@ -23,11 +23,18 @@ pub mod device;
 mod engine;
 mod error;
 pub mod format;
+// The engine's inside, open for tests and tools and no promise: a program that is not recorded by a model can index past
+// its slices, which the GPU does not check unless asked to (`Options::checked_shaders`).
+#[doc(hidden)]
 pub mod model;
+#[doc(hidden)]
 pub mod ops;
+pub mod oracle;
+#[doc(hidden)]
 pub mod program;
 mod reply;
 pub mod sampler;
+#[doc(hidden)]
 pub mod shader;
 pub mod tokenizer;
 

@@ -90,6 +90,7 @@ pub struct Reply<'s> {
     first: Option<Instant>,
     stats: Stats,
     finish: Option<Finish>,
+    mark: bool,
     over: bool,
 }
 
@@ -106,7 +107,7 @@ impl<'s> Reply<'s> {
         }
         // A cancel that came too late for the last reply is not meant for this one.
         session.take_cancel();
-        let pending = session.reuse(prompt).to_vec();
+        let pending = session.reuse(prompt)?.to_vec();
         let stop_tokens = options.stop_tokens.clone();
         let stop_tokens = stop_tokens.unwrap_or_else(|| session.engine().generation().eos_token_id.clone());
         let stats =
@@ -123,6 +124,7 @@ impl<'s> Reply<'s> {
             first: None,
             stats,
             finish: over.then_some(Finish::MaxTokens),
+            mark: false,
             over,
             session,
         })
@@ -136,6 +138,22 @@ impl<'s> Reply<'s> {
     /// What it took so far.
     pub fn stats(&self) -> Stats {
         self.stats
+    }
+
+    /// Text held back because it might have become a stop string or a whole character. The last token gives it out;
+    /// where there is none, after a cancel or an error, it is to be had here.
+    pub fn take_rest(&mut self) -> String {
+        let (mut text, hit) = self.stops.push(&self.utf8.finish());
+        if !hit {
+            text += &self.stops.finish();
+        }
+        text
+    }
+
+    /// Remember the end of the prompt as a point to come back to.
+    pub(crate) fn marking(mut self) -> Self {
+        self.mark = true;
+        self
     }
 
     fn draw(&mut self) -> Result<Option<Token>> {
@@ -169,11 +187,7 @@ impl<'s> Reply<'s> {
             None
         };
         if self.finish.is_some() && !hit {
-            let (rest, hit) = self.stops.push(&self.utf8.finish());
-            text += &rest;
-            if !hit {
-                text += &self.stops.finish();
-            }
+            text += &self.take_rest();
         }
         Ok(Some(Token { choice, text, finish: self.finish }))
     }
@@ -193,6 +207,9 @@ impl<'s> Reply<'s> {
         }
         let logits = self.session.feed(&self.pending, Want::Last)?;
         self.pending.clear();
+        if std::mem::take(&mut self.mark) {
+            self.session.set_mark()?;
+        }
         Ok(Some(logits))
     }
 }

@@ -1,5 +1,5 @@
-//! The binary as a user meets it: what it prints where, and how it ends. Everything runs on the CPU, so that it needs no
-//! adapter and takes the same time everywhere.
+//! The binary as a user meets it: what it prints where, and how it ends. Nearly everything runs on the CPU, so that it
+//! takes the same time everywhere.
 
 use std::fs;
 use std::io::{Read, Write};
@@ -57,6 +57,13 @@ fn greedy_repeats_and_the_place_of_stages_does_not_matter() {
     let first = raw(&["--greedy"]);
     assert_eq!(out(&first), out(&raw(&["--greedy", "-q", "--no-mmap", "--chunk", "1"])));
     assert_eq!(out(&first), out(&raw(&["--greedy", "--host", "routing,scatter,attention"])));
+    if crate::harness::gpu().is_some() {
+        let on_gpu = ["run", "--raw", STORY, "--device", "gpu", "-n", "8", "--greedy"];
+        for host in [&[][..], &["--host", "routing"], &["--host", "routing,scatter,attention"]] {
+            let output = fourfold(&[&on_gpu, host].concat());
+            assert_eq!(out(&output), out(&first), "{host:?}: {}", err(&output));
+        }
+    }
     assert!(err(&first).contains(" · greedy"), "{}", err(&first));
 }
 

@@ -99,6 +99,65 @@ fn cutting_back_gives_the_bits_of_never_having_been_there() {
 }
 
 #[test]
+fn a_step_that_fails_leaves_no_wrong_keys() {
+    // Forty tokens, then forty more of which the second, third or fourth chunk fails: by the fourth, the rings have lost
+    // keys that position 40 looks back to, and the session must know.
+    for (where_, device) in devices() {
+        let engine = engine("tiny", own(&device), 200, 8);
+        let (stem, more, tail) = (prompt(1, 40), prompt(3, 40), prompt(9, 7));
+        let want = {
+            let mut fresh = engine.session().unwrap();
+            fresh.feed(&stem, Want::Nothing).unwrap();
+            bits(&fresh.feed(&tail, Want::All).unwrap())
+        };
+        let mut lost = 0;
+        for good_chunks in 0..5 {
+            let mut session = engine.session().unwrap();
+            session.feed(&stem, Want::Nothing).unwrap();
+            let mut seen = 0;
+            let mut fail = |name: &str, _: usize, _: Vec<u32>| {
+                seen += usize::from(name == "embed");
+                if seen > good_chunks { Err(Error::Device("told to fail".into())) } else { Ok(()) }
+            };
+            session.feed_seeing(&more, Want::Nothing, Some(&mut fail)).unwrap_err();
+            let kept = session.tokens().len();
+            assert!(kept == 40 || kept == 0, "{kept}");
+            lost += usize::from(kept == 0);
+            session.feed(&stem[kept..], Want::Nothing).unwrap();
+            let got = bits(&session.feed(&tail, Want::All).unwrap());
+            assert!(got == want, "after {good_chunks} good chunks on {where_}");
+        }
+        assert!(lost >= 2, "the rings were not overwritten, so nothing was tested");
+    }
+}
+
+#[test]
+fn nan_in_the_activations_is_an_error_and_never_text() {
+    // A NaN row of the embedding table reaches the logits through every stage, on the twins and on the GPU.
+    let dir = std::path::Path::new(env!("CARGO_TARGET_TMPDIR")).join("nan-embedding");
+    std::fs::create_dir_all(&dir).unwrap();
+    for entry in std::fs::read_dir(fixture("tiny")).unwrap() {
+        let entry = entry.unwrap();
+        std::fs::copy(entry.path(), dir.join(entry.file_name())).unwrap();
+    }
+    let shard = dir.join("model-00001-of-00001.safetensors");
+    let mut bytes = std::fs::read(&shard).unwrap();
+    let at = {
+        let tensors = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+        let data = tensors.tensor("model.embed_tokens.weight").unwrap().data();
+        data.as_ptr() as usize - bytes.as_ptr() as usize
+    };
+    bytes[at + 7 * 256..at + 7 * 256 + 2].copy_from_slice(&[0xc0, 0x7f]);
+    std::fs::write(&shard, bytes).unwrap();
+    for (where_, device) in devices() {
+        let engine = Engine::builder().checkpoint(&dir).device(own(&device)).context(60).build().unwrap();
+        let mut session = engine.session().unwrap();
+        let error = session.reply(&[7], &options(1, Sampling::greedy())).unwrap().next().unwrap().unwrap_err();
+        assert!(error.to_string().contains("NaN"), "{error} on {where_}");
+    }
+}
+
+#[test]
 fn a_full_context_is_an_error_and_never_wrong_text() {
     for (where_, device) in devices() {
         let engine = engine("tiny", own(&device), 30, 16);
@@ -237,7 +296,9 @@ fn bad_requests_are_errors_that_name_them() {
 fn own_wgpu() -> Option<(wgpu::Device, wgpu::Queue)> {
     gpu()?;
     let instance = wgpu::Instance::new(wgpu::InstanceDescriptor::new_without_display_handle());
-    let adapter = pollster::block_on(instance.request_adapter(&wgpu::RequestAdapterOptions::default())).unwrap();
+    let wanted = crate::harness::gpu()?.describe();
+    let adapters = pollster::block_on(instance.enumerate_adapters(wgpu::Backends::all()));
+    let adapter = adapters.into_iter().find(|a| wanted.starts_with(&a.get_info().name)).unwrap();
     let descriptor = wgpu::DeviceDescriptor { required_limits: adapter.limits(), ..Default::default() };
     Some(pollster::block_on(adapter.request_device(&descriptor)).unwrap())
 }
@@ -334,5 +395,29 @@ mod default_model {
         assert_eq!(chat.messages()[1].content, said);
         let answer = chat.ask("Thank you.", &options).unwrap();
         assert!(answer.stats().cached_tokens > 40, "{:?}", answer.stats());
+        drop(answer); // before it said anything
+        assert_eq!(chat.messages().len(), 2);
+    }
+
+    #[test]
+    fn a_chat_comes_back_to_its_last_prompt_after_a_long_answer() {
+        // The next prompt leaves the answer out, as Harmony leaves out reasoning: it shares the last prompt only, and
+        // the rings (window 128, chunk 8) have long lost what that needs.
+        let engine = Engine::builder().device(DeviceChoice::Cpu).context(512).chunk(8).build().unwrap();
+        let mut chat = Chat::new(engine.session().unwrap(), ChatOptions::default()).unwrap();
+        let long = ReplyOptions { sampling: Sampling::greedy(), max_tokens: Some(40), ..ReplyOptions::default() };
+        let question = "Tell me a story about a lighthouse keeper who lost his lamp.";
+        let first = chat.ask(question, &long).unwrap().count();
+        let mut session = chat.into_session();
+        assert!(session.tokens().len() > 24 + 17 && first > 20);
+        let again = engine.tokenizer().unwrap().encode_with_specials(&format!(
+            "<|start|>user<|message|>{question}<|end|><|start|>assistant<|channel|>analysis<|message|>"
+        ));
+        let again = again.unwrap();
+        let mut reply = session.reply(&again, &long).unwrap();
+        let got: Vec<Token> = reply.by_ref().map(Result::unwrap).collect();
+        let stats = reply.stats();
+        assert!(stats.cached_tokens > 20 && stats.cached_tokens + 6 >= stats.prompt_tokens, "{stats:?}");
+        assert_eq!(ids(&got), ids(&tokens(&mut engine.session().unwrap(), &again, &long)));
     }
 }

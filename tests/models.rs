@@ -103,24 +103,26 @@ fn check_goldens(golden: &Golden, where_: &str, session: &mut Session, chunk: us
     for prompt in PROMPTS {
         let what = format!("{} {prompt} in chunks of {chunk} on {where_}", golden.name);
         let (logits, stages) = trace(session, &golden.ids(prompt, "tokens"));
-        let mut compared = 0;
-        let mut near = |golden_name: &str, ours: &str| {
-            let Some(want) = golden.floats(&format!("{prompt}.{golden_name}")) else { return };
+        let near = |golden_name: &str, ours: &str| {
+            let want = golden.floats(&format!("{prompt}.{golden_name}"));
+            let want = want.unwrap_or_else(|| panic!("{what}: there is no golden {golden_name}"));
             let got = crate::harness::floats(&stages[ours]);
             let (l2, max) = distance(&got, &want);
             // `loud` has a channel of 1e5 that f32 itself holds to 2e-2 only: the largest value is its measure.
             let loud = golden.name == "loud";
             assert!(max <= 3e-5 && (loud || l2 <= 3e-5), "{what}: {ours}: relative L2 {l2:.2e}, max {max:.2e}");
-            compared += 1;
         };
         near("embed", "embed");
         near("final_norm", "final_norm");
         for layer in 0..layers {
             for (golden_name, ours) in STAGES {
+                // The longest prompt has no goldens of these two, to bound the file's size.
+                if prompt == "p70" && (golden_name == "attn_out" || golden_name == "moe_out") {
+                    continue;
+                }
                 near(&format!("layer{layer}.{golden_name}"), &format!("layers.{layer}.{ours}"));
             }
         }
-        assert!(compared >= 2 + layers * 3, "{what}: only {compared} stages have a golden");
         for layer in 0..layers {
             let want = golden.words(&format!("{prompt}.layer{layer}.topk_index")).unwrap();
             assert_eq!(stages[&format!("layers.{layer}.mlp.router.experts")], want, "{what}: routes of layer {layer}");
@@ -164,11 +166,14 @@ fn thirty_two_greedy_tokens_are_golden() {
     for name in FIXTURES {
         let golden = Golden::open(name);
         for (where_, device) in devices() {
-            let mut session = session(name, &device, Setup { chunk: 16, ..Setup::default() });
-            for prompt in PROMPTS {
-                session.clear();
-                let got = greedy(&mut session, &golden.ids(prompt, "tokens"), 32);
-                assert_eq!(got, golden.ids(prompt, "greedy"), "{name} {prompt} on {where_}");
+            for chunk in [110, 1, 5, 16] {
+                let mut session = session(name, &device, Setup { chunk, ..Setup::default() });
+                for prompt in PROMPTS {
+                    session.clear();
+                    let got = greedy(&mut session, &golden.ids(prompt, "tokens"), 32);
+                    let what = format!("{name} {prompt} in chunks of {chunk} on {where_}");
+                    assert_eq!(got, golden.ids(prompt, "greedy"), "{what}");
+                }
             }
         }
     }
@@ -260,6 +265,12 @@ fn stages_on_the_host_agree() {
         for host in [on(true, false, false), on(false, true, false), on(false, false, true), on(true, true, true)] {
             let mut session = session(name, &device, Setup { chunk: 16, host, ..Setup::default() });
             check_goldens(&golden, &format!("{where_} with {host:?}"), &mut session, 16);
+            if where_ != "twins" {
+                // The host sums in f64: had the device computed these stages, the bits would be the device's.
+                let on_device =
+                    bits(&mut self::session(name, &device, Setup { chunk: 16, ..Setup::default() }), &golden);
+                assert!(bits(&mut session, &golden) != on_device, "{name} {host:?}: did the host compute anything?");
+            }
             let got = greedy(&mut session, &golden.ids("p33", "tokens"), 16);
             assert_eq!(got, golden.ids("p33", "greedy")[..16], "{name} {host:?}");
         }

@@ -1,4 +1,4 @@
-// exp: e^v from fma and integer shifts, about 1 ulp on [-87, 88]; below that 0, above it +inf.
+// exp: e^v from fma and integer shifts, about 1 ulp on [-87, 88]; below that 0, above it +inf; NaN stays NaN.
 // The built-in's error is the driver's choice (Vulkan allows 3 + 2|v| ulp); this one is the same everywhere.
 fn exp_f32(v: f32) -> f32 {
     let n = round(clamp(v, -104.0, 89.0) * 1.44269504);
@@ -16,7 +16,13 @@ fn exp_f32(v: f32) -> f32 {
     let a = bitcast<f32>(u32(half_n + 127) << 23u);
     let b = bitcast<f32>(u32(i32(n) - half_n + 127) << 23u);
     let e = y * a * b;
-    return select(select(e, bitcast<f32>(infinity()), v > 88.8), 0.0, v < -87.4);
+    let bounded = select(select(e, bitcast<f32>(infinity()), v > 88.8), 0.0, v < -87.4);
+    // clamp() may have lost a NaN, and compilers may assume that there is none: ask the bits.
+    return select(bounded, v, is_nan(v));
+}
+
+fn is_nan(v: f32) -> bool {
+    return (bitcast<u32>(v) & 0x7fffffffu) > 0x7f800000u;
 }
 
 // +inf's bits. A function, so that the compiler does not refuse a constant that overflows.

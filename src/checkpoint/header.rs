@@ -14,7 +14,7 @@ use super::json::{clip, name as short};
 use crate::error::{Error, Result};
 
 /// The longest header that the format allows.
-const MAX_HEADER: u64 = 100_000_000;
+const MAX_HEADER: u64 = 32 << 20;
 /// No model needs more; the bound keeps a hostile header from filling memory.
 const MAX_DIMS: usize = 8;
 
@@ -41,7 +41,7 @@ pub(super) fn read(file: &str, bytes: &[u8]) -> Result<Vec<Entry>> {
     };
     let length = u64::from_le_bytes(*length);
     if length > MAX_HEADER {
-        return Err(fault(format!("claims a header of {length} bytes; the format allows {MAX_HEADER}")));
+        return Err(fault(format!("claims a header of {length} bytes; at most {MAX_HEADER} are read")));
     }
     let (Ok(length), true) = (usize::try_from(length), length <= rest.len() as u64) else {
         return Err(fault(format!("claims a header of {length} bytes, but only {} follow: truncated?", rest.len())));

@@ -18,7 +18,7 @@ use std::path::Path;
 use serde_json::Value;
 
 pub use self::dtype::Dtype;
-pub use self::scales::check_e8m0;
+pub use self::scales::{check_e8m0, check_finite_bf16};
 
 use self::bytes::Bytes;
 use self::index::Index;

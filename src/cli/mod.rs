@@ -4,6 +4,7 @@ mod chat;
 mod devices;
 mod inspect;
 mod interrupt;
+mod oracle;
 mod run;
 mod screen;
 mod terminal;
@@ -21,6 +22,7 @@ Examples:
   fourfold run --model ~/models/gpt-oss-20b     chat with another model
   fourfold inspect ~/models/gpt-oss-20b         what a checkpoint holds, and whether it is sound
   fourfold devices                              which GPUs there are
+  fourfold oracle                               whether they compute rightly
 
 Exit codes:
   0    done
@@ -51,6 +53,8 @@ enum Command {
     Inspect(inspect::Args),
     /// List the adapters that could compute
     Devices,
+    /// Check that a device computes rightly: tests whose answers are known
+    Oracle(oracle::Args),
     /// Write a shell's completions to stdout
     #[command(
         after_help = "Example:\n  fourfold completions bash > ~/.local/share/bash-completion/completions/fourfold"
@@ -87,6 +91,7 @@ pub(crate) fn main() -> ExitCode {
         Command::Run(args) => run::run(&args, started),
         Command::Inspect(args) => inspect::inspect(&args),
         Command::Devices => devices::devices(),
+        Command::Oracle(args) => oracle::oracle(&args),
         Command::Completions { shell } => completions(shell),
     };
     match done {

@@ -16,6 +16,8 @@ use std::io::{self, IsTerminal, Read, Write};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
+/// Longest prompt taken from stdin, in bytes: no context holds more.
+const MAX_STDIN: u64 = 8 << 20;
 /// What the built-in model continues where nobody gives it anything.
 const STORY: &str = "Once upon a time";
 /// Tokens of a bare continuation, unless asked otherwise: a text has no natural end.
@@ -423,7 +425,7 @@ fn read_stdin(quiet: bool) -> anyhow::Result<String> {
     let (tell, told) = std::sync::mpsc::channel();
     std::thread::spawn(move || {
         let mut text = String::new();
-        let _ = tell.send(io::stdin().read_to_string(&mut text).map(|_| text));
+        let _ = tell.send(io::stdin().take(MAX_STDIN + 1).read_to_string(&mut text).map(|_| text));
     });
     // Someone may have left us a pipe that never ends without meaning to.
     let read = told.recv_timeout(STDIN_PATIENCE).or_else(|_| {
@@ -433,6 +435,9 @@ fn read_stdin(quiet: bool) -> anyhow::Result<String> {
         told.recv()
     });
     let text = read?.map_err(|e| Usage(format!("the prompt on stdin cannot be read: {e}")))?;
+    if text.len() as u64 > MAX_STDIN {
+        return Err(Usage(format!("the prompt on stdin is longer than {MAX_STDIN} bytes")).into());
+    }
     Ok(text.strip_suffix('\n').map(|t| t.strip_suffix('\r').unwrap_or(t)).unwrap_or(&text).to_owned())
 }
 

@@ -46,14 +46,16 @@ fn range(slice: Slice) -> std::ops::Range<usize> {
 
 impl Device for Cpu {
     fn alloc(&self, label: &str, bytes: u64) -> Result<BufferId> {
-        let mut words: Vec<u32> = Vec::new();
+        let mut words: Vec<u32> = Vec::new(); // asks whether there is room, without taking it
         let hint = "use a smaller context, or a smaller model";
         words.try_reserve_exact((bytes / 4) as usize).map_err(|_| Error::OutOfMemory {
             what: label.to_owned(),
             bytes,
             hint,
         })?;
-        words.resize((bytes / 4) as usize, 0);
+        drop(words);
+        // Zeroed by the operating system as pages are touched: a cache costs what is used of it.
+        let words = vec![0u32; (bytes / 4) as usize];
         let id = next_id();
         let mut buffers = self.buffers.write().unwrap_or_else(PoisonError::into_inner);
         buffers.insert(id, Arc::new(RwLock::new(words)));

@@ -4,7 +4,7 @@
 //! the residual stream and expert outputs are f32: the released 120b passes f16's range.
 
 use super::Progress;
-use crate::checkpoint::{Checkpoint, Dtype, TensorView, check_e8m0};
+use crate::checkpoint::{Checkpoint, Dtype, TensorView, check_e8m0, check_finite_bf16};
 use crate::config::{Config, LayerType};
 use crate::device::{Buffer, Device};
 use crate::error::{Error, Result};
@@ -137,8 +137,15 @@ impl GptOss {
             false => None,
         };
         let final_norm = up.vector("model.norm.weight")?;
-        let table = rope_table(&config, context);
-        let rope = Buffer::with_bytes(device, "rope table", bytemuck::cast_slice(&table))?;
+        let rope = Buffer::new(device, "rope table", u64::from(context) * u64::from(dh) * 4)?;
+        // In pieces: a table for millions of positions must not stand in host memory as a whole.
+        let positions: Vec<u32> = (0..context).collect();
+        for piece in positions.chunks(1 << 16) {
+            let table = rope_table(&config, piece);
+            let offset = u64::from(piece[0]) * u64::from(dh) * 4;
+            let to = Slice { offset, bytes: table.len() as u64 * 4, ..rope.slice() };
+            device.write(to, bytemuck::cast_slice(&table))?;
+        }
         let rope_table = rope.slice();
         up.buffers.push(rope);
         device.wait()?;
@@ -162,7 +169,7 @@ impl GptOss {
     }
 
     /// Positions that layer `idx` keeps of a sequence: a sliding layer its window, and room for two chunks, so that a
-    /// whole chunk is appended before its first row looks back, and that the last tokens can be taken back.
+    /// whole chunk is appended before its first row looks back, and that 2 chunk + 1 tokens can be taken back.
     fn capacity(&self, idx: usize, plan: &Plan) -> u32 {
         match self.layers[idx].window {
             0 => plan.context,
@@ -170,8 +177,8 @@ impl GptOss {
         }
     }
 
-    /// The first position that a sequence of `len` tokens can be cut back to without losing a key that a sliding
-    /// layer still needs, given that positions below `written` have been written.
+    /// Whether a sequence can be cut back to `len` tokens, given that positions below `written` have been written:
+    /// every sliding layer must still have the keys that the row at position `len` looks back to.
     pub fn can_cut(&self, plan: &Plan, len: usize, written: usize) -> bool {
         (0..self.layers.len()).all(|idx| {
             let (window, capacity) = (self.layers[idx].window as usize, self.capacity(idx, plan) as usize);
@@ -179,6 +186,12 @@ impl GptOss {
             // have been overwritten.
             window == 0 || written <= capacity || (len + 1).saturating_sub(window) + capacity >= written
         })
+    }
+
+    /// The caches of the sliding layers, where a position's row is used again by a later one.
+    pub fn rings<'s>(&'s self, state: &'s State) -> impl Iterator<Item = Slice> + 's {
+        let sliding = self.layers.iter().filter(|l| l.window > 0);
+        sliding.flat_map(|l| [state.kv[l.idx].keys, state.kv[l.idx].values])
     }
 
     /// Buffers for one conversation.
@@ -298,16 +311,16 @@ impl GptOss {
 }
 
 /// cos and sin by position, YaRN's factor included. The angle is rounded to f32 first, as in the references.
-fn rope_table(config: &Config, positions: u32) -> Vec<f32> {
+fn rope_table(config: &Config, positions: &[u32]) -> Vec<f32> {
     let inv_freq = config.rope.inv_freq(config.head_dim);
     let factor = f64::from(config.rope.attention_factor());
-    let angles = |p: u32| {
+    let angles = |&p: &u32| {
         inv_freq.clone().into_iter().flat_map(move |f| {
             let angle = f64::from(p as f32 * f);
             [(angle.cos() * factor) as f32, (angle.sin() * factor) as f32]
         })
     };
-    (0..positions).flat_map(angles).collect()
+    positions.iter().flat_map(angles).collect()
 }
 
 /// What was found while checking.
@@ -322,12 +335,14 @@ impl Tensors {
         let [d, f, e, vocab] = [c.hidden_size, c.intermediate_size, c.num_local_experts, c.vocab_size];
         let (q, kv) = (c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim);
         let mut used = HashSet::new();
-        let mut scales = Vec::new();
+        let (mut scales, mut vectors) = (Vec::new(), Vec::new());
         let mut want = |name: String, dtype: Dtype, shape: &[usize]| -> Result<()> {
             let view = checkpoint.tensor(&name)?;
             view.expect(dtype, shape)?;
             if name.ends_with("_scales") {
                 scales.push(name.clone());
+            } else if shape.len() == 1 || name.ends_with("bias") {
+                vectors.push(name.clone());
             }
             used.insert(name);
             Ok(())
@@ -359,6 +374,9 @@ impl Tensors {
         checkpoint.check_all_used(&used)?;
         for name in scales {
             check_e8m0(&checkpoint.tensor(&name)?)?;
+        }
+        for name in vectors {
+            check_finite_bf16(&checkpoint.tensor(&name)?)?;
         }
         Ok(Self { has_head })
     }
@@ -402,7 +420,7 @@ impl<'a> Uploader<'a> {
     /// A bf16 matrix, its rows stacked from several tensors.
     fn matrix(&mut self, label: &str, names: &[String], n: u32, k: u32) -> Result<Weight> {
         let pieces = self.stacked(names)?;
-        Weight::upload(self.device, label, Format::Bf16, [1, n, k], &pieces, &[])
+        Weight::matrix(self.device, label, Format::Bf16, [n, k], &pieces, &[])
     }
 
     /// `NAME.weight` and `NAME.bias`, stacked over the names.
@@ -417,7 +435,7 @@ impl<'a> Uploader<'a> {
     fn experts(&mut self, name: &str, shape: [u32; 3]) -> Result<Experts> {
         let blocks = self.bytes(&format!("{name}_blocks"))?;
         let scales = self.bytes(&format!("{name}_scales"))?;
-        let weight = Weight::upload(self.device, name, Format::Mxfp4, shape, &[blocks], &[scales])?;
+        let weight = Weight::experts(self.device, name, Format::Mxfp4, shape, blocks, scales)?;
         Ok(Experts { weight, bias: self.vector(&format!("{name}_bias"))? })
     }
 }

@@ -76,6 +76,7 @@ impl Attention {
                 };
                 let scores: Vec<f64> = (start..end).map(score).collect();
                 let sink = sinks[head].to_f64();
+                // Where a score is NaN, `max` passes it over, and the weights below carry it on.
                 let m = scores.iter().copied().fold(sink, f64::max);
                 let mut total = (sink - m).exp();
                 let mut sums = vec![0.0; dh];

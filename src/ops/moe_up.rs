@@ -86,7 +86,8 @@ impl MoeUp {
                 dot(&row, h) + bias[expert as usize * 2 * f + r].to_f64()
             };
             for i in 0..f {
-                let gate = output(2 * i).min(limit);
+                let gate = output(2 * i);
+                let gate = if gate > limit { limit } else { gate }; // `min` would turn NaN into the limit
                 let up = output(2 * i + 1).clamp(-limit, limit);
                 y[route * f + i] = (gate / (1.0 + (-alpha * gate).exp()) * (up + 1.0)) as f32;
             }

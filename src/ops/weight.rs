@@ -35,34 +35,64 @@ pub struct Part {
     pub scales: Option<Slice>,
 }
 
+/// What a split of a weight must not cut.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Unit {
+    Row,
+    Expert,
+}
+
 impl Weight {
-    /// Upload a matrix. `codes` and `scales` may come in several pieces (q, k and v), which are stacked by rows.
-    pub fn upload(
+    /// Upload a matrix. `codes` and `scales` may come in several pieces (q, k and v), which are stacked by rows. A split
+    /// is by rows.
+    pub fn matrix(
         device: &Arc<dyn Device>,
         label: &str,
         format: Format,
+        [n, k]: [u32; 2],
+        codes: &[&[u8]],
+        scales: &[&[u8]],
+    ) -> Result<Self> {
+        Self::upload(device, label, format, Unit::Row, [1, n, k], codes, scales)
+    }
+
+    /// Upload the matrices of a layer's experts, one after the other. A split is by experts, also where there is one.
+    pub fn experts(
+        device: &Arc<dyn Device>,
+        label: &str,
+        format: Format,
+        shape: [u32; 3],
+        codes: &[u8],
+        scales: &[u8],
+    ) -> Result<Self> {
+        Self::upload(device, label, format, Unit::Expert, shape, &[codes], &[scales])
+    }
+
+    fn upload(
+        device: &Arc<dyn Device>,
+        label: &str,
+        format: Format,
+        unit: Unit,
         [experts, n, k]: [u32; 3],
         codes: &[&[u8]],
         scales: &[&[u8]],
     ) -> Result<Self> {
         let [wide_n, wide_k] = [n as usize, k as usize];
         let (code_bytes, scale_bytes) = (format.row_bytes(wide_k), format.scale_bytes(wide_k));
-        // The unit of a split: an expert, or a row where there are no experts.
-        let (units, rows) = if experts > 1 { (experts, wide_n) } else { (n, 1) };
+        let (units, rows) = if unit == Unit::Expert { (experts, wide_n) } else { (n, 1) };
         let given: usize = codes.iter().map(|c| c.len()).sum();
         assert_eq!(given, units as usize * rows * code_bytes, "{label}: the caller checked the shape");
         let limits = device.limits();
         let by_bytes = limits.max_binding_bytes / (rows * code_bytes) as u64;
-        let by_grid = if experts > 1 { u64::MAX } else { u64::from(limits.max_grid) * 8 };
+        let by_grid = if unit == Unit::Expert { u64::MAX } else { u64::from(limits.max_grid) * 8 };
         // At a multiple of 8 rows every piece starts at a whole word of packed scales and biases.
         let step = by_bytes.min(by_grid).min(u64::from(units));
-        let step = if step < u64::from(units) && experts == 1 { step / 8 * 8 } else { step };
+        let step = if step < u64::from(units) && unit == Unit::Row { step / 8 * 8 } else { step };
         if step == 0 {
-            return Err(crate::Error::Device(format!(
-                "{label}: one expert takes {} bytes, but this adapter binds {} at most",
-                rows * code_bytes,
-                limits.max_binding_bytes
-            )));
+            let (least, limit) = (rows * code_bytes, limits.max_binding_bytes);
+            let what = if unit == Unit::Expert { "one expert takes" } else { "eight rows take eight times" };
+            let text = format!("{label}: {what} {least} bytes, but this adapter binds {limit} at most");
+            return Err(crate::Error::Device(text));
         }
         let (mut parts, mut buffers) = (Vec::new(), Vec::new());
         let mut first = 0;

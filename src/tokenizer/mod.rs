@@ -6,9 +6,11 @@
 mod bounds;
 pub mod chat;
 pub mod harmony;
+mod text;
 
 pub use chat::{ChatFormat, ChatOptions, ChatTemplate, Message, Reasoning};
 pub use harmony::{Channel, Event, Harmony, HarmonyMessage, HarmonyParser};
+pub use text::Text;
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -34,6 +36,7 @@ struct Inner {
     /// Absent where the vocabulary is not byte-level.
     table: Option<ByteTable>,
     vocab_size: usize,
+    max_id: TokenId,
 }
 
 impl std::fmt::Debug for Tokenizer {
@@ -70,7 +73,8 @@ impl Tokenizer {
         let byte_level =
             hf.get_decoder().is_some_and(|d| serde_json::to_string(d).is_ok_and(|json| json.contains("\"ByteLevel\"")));
         let table = byte_level.then(|| ByteTable::new(&vocab, &added));
-        Ok(Self { inner: Arc::new(Inner { vocab_size: vocab.len(), hf, specials, table }) })
+        let max_id = vocab.values().copied().max().unwrap_or_default();
+        Ok(Self { inner: Arc::new(Inner { vocab_size: vocab.len(), max_id, hf, specials, table }) })
     }
 
     /// The tokens of ordinary text. A special token spelled in it (`<|end|>`) becomes ordinary tokens.
@@ -151,6 +155,11 @@ impl Tokenizer {
             Some(table) => table.get(id).to_vec(),
             None => self.inner.hf.decode(&[id], false).unwrap_or_default().into_bytes(),
         }
+    }
+
+    /// The largest id that has a spelling.
+    pub fn max_id(&self) -> TokenId {
+        self.inner.max_id
     }
 
     /// How many tokens have a spelling, special ones included. A model's vocabulary may be padded beyond it.

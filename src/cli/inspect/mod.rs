@@ -12,7 +12,7 @@ use fourfold::checkpoint::{Checkpoint, Dtype, Mapping, TensorView};
 use fourfold::config::{Config, GenerationConfig, LayerType};
 use fourfold::device::{Limits, gpu};
 use fourfold::model::Plan;
-use fourfold::tokenizer::{ChatTemplate, Harmony, Tokenizer};
+use fourfold::tokenizer::{ChatFormat, Text};
 use fourfold::{DEFAULT_CHUNK, DEFAULT_CONTEXT, HostStages, Result};
 use std::collections::BTreeMap;
 use std::io::{self, Write};
@@ -154,37 +154,26 @@ impl<W: Write> Report<'_, W> {
 
     /// Tokenizer, chat format and recommended sampling. The inner result is what the engine would refuse of them.
     fn text(&mut self, config: &Config) -> io::Result<Result<()>> {
-        let c = self.checkpoint;
-        let tokenizer =
-            c.file("tokenizer.json").map(|j| Tokenizer::from_bytes(&c.path("tokenizer.json"), j)).transpose();
-        let template = c.file("chat_template.jinja").map(|source| {
-            let source = String::from_utf8_lossy(source);
-            ChatTemplate::new(&c.path("chat_template.jinja"), &source)
-        });
-        let generation = c
-            .file("generation_config.json")
-            .map(|json| GenerationConfig::from_json(&c.path("generation_config.json"), json, config));
-        let generation = generation.unwrap_or_else(|| Ok(GenerationConfig::from_config(config)));
-        let harmony = |t: &Tokenizer| if Harmony::new(t).is_ok() { "Harmony" } else { "none: bare continuation only" };
-        let refused = |e: &fourfold::Error| format!("refused: {e}");
-        let tokens = match &tokenizer {
-            Ok(Some(t)) => format!("{} tokens", t.vocab_size()),
-            Ok(None) => "none: takes and gives token ids only".to_owned(),
-            Err(e) => refused(e),
-        };
-        let chat = match (&template, &tokenizer) {
-            (Some(Ok(_)), _) => "the checkpoint's own template".to_owned(),
-            (Some(Err(e)), _) => refused(e),
-            (None, Ok(Some(t))) => harmony(t).to_owned(),
-            (None, _) => "none".to_owned(),
-        };
-        let sampling = match &generation {
-            Ok(g) => recommended(g),
-            Err(e) => refused(e),
-        };
         self.title("Text")?;
-        self.facts(&[("tokenizer", tokens), ("chat format", chat), ("recommended", sampling)])?;
-        Ok(tokenizer.map(drop).and(template.map_or(Ok(()), |t| t.map(drop))).and(generation.map(drop)))
+        let text = match Text::load(self.checkpoint, config) {
+            Ok(text) => text,
+            Err(e) => {
+                self.facts(&[("refused", e.to_string())])?;
+                return Ok(Err(e));
+            }
+        };
+        let tokens = match &text.tokenizer {
+            Some(t) => format!("{} tokens", t.vocab_size()),
+            None => "none: takes and gives token ids only".to_owned(),
+        };
+        let chat = match (&text.tokenizer, &text.chat) {
+            (None, _) | (_, None) => "none: bare continuation only",
+            (_, Some(ChatFormat::Template(_))) => "the checkpoint's own template",
+            (_, Some(ChatFormat::Harmony(_))) => "Harmony",
+        };
+        let sampling = recommended(&text.generation);
+        self.facts(&[("tokenizer", tokens), ("chat format", chat.to_owned()), ("recommended", sampling)])?;
+        Ok(Ok(()))
     }
 
     /// Parameters and bytes by kind, in all and for one token.

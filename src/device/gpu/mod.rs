@@ -17,9 +17,12 @@ use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::Duration;
 
 /// Longest wait for the device before it is reported as hung.
-const PATIENCE: Duration = Duration::from_secs(120);
+const PATIENCE: Duration = Duration::from_secs(600);
 /// Bytes handed to the queue before we wait for it to have copied them.
 const IN_FLIGHT: u64 = 128 << 20;
+
+/// A readback buffer larger than this is not kept for the next readback.
+const KEPT_READBACK: u64 = 64 << 20;
 
 /// How to open a GPU.
 #[derive(Clone, Debug, Default)]
@@ -64,7 +67,25 @@ impl Gpu {
         Ok(Self::new(device, queue, lost, options))
     }
 
-    /// Work on a device that the application owns. Its callbacks and error handlers are left alone.
+    /// Open the first adapter that is not software. The error says why there is none.
+    pub fn open_hardware() -> Result<Self, String> {
+        let adapters = list();
+        let mut why = match adapters.first() {
+            None => "no Vulkan, Metal or DirectX 12 adapter was found".to_owned(),
+            Some(first) => format!("only a software adapter was found ({})", first.name),
+        };
+        for facts in adapters.iter().filter(|facts| is_hardware(facts)) {
+            match Self::open(&Options { adapter: Some(facts.name.clone()), ..Options::default() }) {
+                Ok(gpu) => return Ok(gpu),
+                Err(e) => why = e.to_string(),
+            }
+        }
+        Err(why)
+    }
+
+    /// Work on a device that the application owns. Its callbacks and error handlers are left alone; a panic in one of
+    /// its map callbacks, should our wait be what calls it, is taken for a lost device. Pipelines are kept as long as
+    /// this value lives, so build engines of one kind on one `Gpu`.
     pub fn from_wgpu(device: wgpu::Device, queue: wgpu::Queue, options: &Options) -> Self {
         Self::new(device, queue, Arc::default(), options)
     }
@@ -205,8 +226,7 @@ impl Device for Gpu {
             let waiting = self.unsubmitted.fetch_add(piece.len() as u64, Ordering::Relaxed) + piece.len() as u64;
             if waiting > IN_FLIGHT {
                 self.unsubmitted.store(0, Ordering::Relaxed);
-                self.queue.submit([]);
-                self.poll()?;
+                self.wait()?;
             }
         }
         Ok(())
@@ -220,7 +240,7 @@ impl Device for Gpu {
             _ => {
                 let usage = wgpu::BufferUsages::MAP_READ | wgpu::BufferUsages::COPY_DST;
                 let label = Some("readback");
-                let size = size.next_power_of_two().max(1 << 16);
+                let size = size.next_power_of_two().max(1 << 16).min(self.device.limits().max_buffer_size);
                 let descriptor = wgpu::BufferDescriptor { label, size, usage, mapped_at_creation: false };
                 self.scoped("readback", size, || self.device.create_buffer(&descriptor))?
             }
@@ -244,7 +264,9 @@ impl Device for Gpu {
         bytes.copy_from_slice(&mapped);
         drop(mapped);
         buffer.unmap();
-        *staging = Some(buffer);
+        if buffer.size() <= KEPT_READBACK {
+            *staging = Some(buffer);
+        }
         Ok(())
     }
 

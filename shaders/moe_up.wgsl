@@ -50,11 +50,12 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     up = reduce8(up, lane);
     if lane % 8u == 0u && f < F && part < COUNT {
         let at = (expert * F + f) * 2u;
-        // select and not min: a NaN must not become the limit.
         let g0 = gate + bias_at(at);
         let u0 = up + bias_at(at + 1u);
-        let g = select(g0, LIMIT, g0 > LIMIT);
-        let u = select(select(u0, LIMIT, u0 > LIMIT), -LIMIT, u0 < -LIMIT);
-        y[group.y * F + f] = g / (1.0 + exp_f32(-(ALPHA * g))) * (u + 1.0);
+        let g = min(g0, LIMIT);
+        let u = clamp(u0, -LIMIT, LIMIT);
+        let activated = g / (1.0 + exp_f32(-(ALPHA * g))) * (u + 1.0);
+        // min and clamp turn a NaN into the limit on some GPUs (an H100 does, written as select too): ask the bits.
+        y[group.y * F + f] = select(activated, g0 + u0, is_nan(g0) || is_nan(u0));
     }
 }

@@ -2,11 +2,12 @@
 
 use crate::checkpoint::{Checkpoint, Mapping};
 use crate::config::{Config, GenerationConfig};
-use crate::device::{self, Device, cpu::Cpu, gpu};
+use crate::device::{self, Buffer, Device, cpu::Cpu, gpu};
 use crate::error::{Error, Result};
 use crate::model::{GptOss, Plan, Progress, State};
-use crate::ops::{CacheFormat, Row, Step};
-use crate::program::{HostStages, Program, Slice};
+use crate::ops::{CacheFormat, Row, STATS_WORDS, Step};
+use crate::oracle;
+use crate::program::{HostStages, Program, Slice, Stage};
 use crate::reply::{Reply, ReplyOptions};
 use crate::tokenizer::{ChatFormat, Text, TokenId, Tokenizer};
 use std::path::{Path, PathBuf};
@@ -130,15 +131,20 @@ impl EngineBuilder {
     }
 }
 
+/// The device, and why it is the CPU if `auto` chose that. A GPU must first answer a few questions whose answers are known.
 fn open_device(choice: &DeviceChoice) -> Result<(Arc<dyn Device>, Option<String>)> {
+    let admitted = |device: Arc<dyn Device>| oracle::admit(&device).map(|()| device);
     Ok(match choice {
-        DeviceChoice::Own(device) => (device.clone(), None),
+        DeviceChoice::Own(device) => (admitted(device.clone())?, None),
         DeviceChoice::Cpu => (Arc::new(Cpu::default()), None),
-        DeviceChoice::Gpu(options) => (Arc::new(gpu::Gpu::open(options)?), None),
-        DeviceChoice::Auto => match gpu::Gpu::open_hardware() {
-            Ok(gpu) => (Arc::new(gpu), None),
-            Err(why) => (Arc::new(Cpu::default()), Some(format!("no GPU: {why}; running on the CPU"))),
-        },
+        DeviceChoice::Gpu(options) => (admitted(Arc::new(gpu::Gpu::open(options)?))?, None),
+        DeviceChoice::Auto => {
+            let opened = gpu::Gpu::open_hardware();
+            match opened.and_then(|gpu| admitted(Arc::new(gpu)).map_err(|e| e.to_string())) {
+                Ok(gpu) => (gpu, None),
+                Err(why) => (Arc::new(Cpu::default()), Some(format!("no GPU: {why}; running on the CPU"))),
+            }
+        }
     })
 }
 
@@ -227,14 +233,31 @@ impl Engine {
 
     /// A new conversation with a cache of its own.
     pub fn session(&self) -> Result<Session> {
+        self.session_edited(Edit::new(|_| ()))
+    }
+
+    /// A conversation whose programs are changed after they are recorded: how tests plant faults.
+    #[doc(hidden)]
+    pub fn session_edited(&self, edit: Edit) -> Result<Session> {
         let inner = &self.inner;
         let state = inner.model.state(&inner.device, &inner.plan)?;
-        let programs = Programs { body: inner.model.body(1, &state), head: inner.model.head(1, &state) };
-        for program in [&programs.body, &programs.head, &inner.model.body(inner.plan.chunk, &state)] {
+        let body = |tokens| edited(inner.model.body(tokens, &state), &edit);
+        let programs = Programs { body: body(1), head: inner.model.head(1, &state) };
+        for program in [&programs.body, &programs.head, &body(inner.plan.chunk)] {
             inner.device.prepare(program)?;
         }
         let cancel = Arc::new(AtomicBool::new(false));
-        Ok(Session { engine: self.clone(), state, programs, tokens: Vec::new(), written: 0, cancel, mark: None })
+        Ok(Session {
+            engine: self.clone(),
+            state,
+            programs,
+            tokens: Vec::new(),
+            written: 0,
+            cancel,
+            mark: None,
+            stats: None,
+            edit,
+        })
     }
 }
 
@@ -267,6 +290,32 @@ pub struct Session {
     written: usize,
     cancel: Arc<AtomicBool>,
     mark: Option<Mark>,
+    /// Where statistics go while they are asked for.
+    stats: Option<Buffer>,
+    edit: Edit,
+}
+
+/// Changes a program after it is recorded.
+#[doc(hidden)]
+#[derive(Clone)]
+pub struct Edit(Arc<dyn Fn(&mut Program) + Send + Sync>);
+
+impl std::fmt::Debug for Edit {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Edit")
+    }
+}
+
+impl Edit {
+    /// Wrap a function.
+    pub fn new(edit: impl Fn(&mut Program) + Send + Sync + 'static) -> Self {
+        Self(Arc::new(edit))
+    }
+}
+
+fn edited(mut program: Program, edit: &Edit) -> Program {
+    (edit.0)(&mut program);
+    program
 }
 
 /// What the sliding layers held at some point of a conversation: enough to come back to it later.
@@ -290,6 +339,16 @@ pub enum Want {
 
 /// Sees every named stage of a step: name, row width, and the rows' words.
 pub type See<'a> = &'a mut dyn FnMut(&str, usize, Vec<u32>) -> Result<()>;
+
+/// What to look at while a step runs.
+pub struct Watch<'a> {
+    /// Which stages, by name.
+    pub keep: &'a dyn Fn(&str) -> bool,
+    /// Statistics of each row (`ops::Stats`, 8 words) instead of its values: computed on the device.
+    pub stats: bool,
+    /// Gets each stage with its words.
+    pub see: device::See<'a>,
+}
 
 impl Session {
     /// The engine.
@@ -389,7 +448,18 @@ impl Session {
     }
 
     /// As [`Self::feed`], and show every stage of every chunk.
-    pub fn feed_seeing(&mut self, tokens: &[TokenId], want: Want, mut see: Option<See<'_>>) -> Result<Vec<f32>> {
+    pub fn feed_seeing(&mut self, tokens: &[TokenId], want: Want, see: Option<See<'_>>) -> Result<Vec<f32>> {
+        let Some(see) = see else { return self.feed_chunks(tokens, want, None) };
+        let mut show = |stage: &Stage, words| see(&stage.name, stage.width, words);
+        self.feed_watching(tokens, want, &mut Watch { keep: &|_| true, stats: false, see: &mut show })
+    }
+
+    /// As [`Self::feed`], and look at stages of every chunk. Nothing else is computed differently.
+    pub fn feed_watching(&mut self, tokens: &[TokenId], want: Want, watch: &mut Watch<'_>) -> Result<Vec<f32>> {
+        self.feed_chunks(tokens, want, Some(watch))
+    }
+
+    fn feed_chunks(&mut self, tokens: &[TokenId], want: Want, mut watch: Option<&mut Watch<'_>>) -> Result<Vec<f32>> {
         self.check(tokens)?;
         let before = self.tokens.len();
         let mut logits = Vec::new();
@@ -397,7 +467,7 @@ impl Session {
         let count = tokens.len().div_ceil(chunk);
         for (i, piece) in tokens.chunks(chunk).enumerate() {
             let want = if want == Want::Last && i + 1 < count { Want::Nothing } else { want };
-            if let Err(e) = self.step(piece, want, &mut logits, see.as_mut()) {
+            if let Err(e) = self.step(piece, want, &mut logits, watch.as_deref_mut()) {
                 self.cut(before);
                 return Err(e);
             }
@@ -418,27 +488,73 @@ impl Session {
         Ok(())
     }
 
-    /// One step over at most a chunk of tokens.
-    fn step(&mut self, tokens: &[TokenId], want: Want, logits: &mut Vec<f32>, see: Option<&mut See<'_>>) -> Result<()> {
-        let inner = &self.engine.inner;
-        let (device, s) = (&inner.device, &self.state);
+    /// Tell the device which tokens the next step is over.
+    fn write_rows(&self, tokens: &[TokenId]) -> Result<()> {
+        let (device, s) = (&self.engine.inner.device, &self.state);
         let first = self.tokens.len();
         let row = |(i, &token): (usize, &TokenId)| Row { token, sequence: 0, position: (first + i) as u32, pad: 0 };
         let rows: Vec<Row> = tokens.iter().enumerate().map(row).collect();
-        let count = tokens.len() as u32;
         device.write(s.rows, bytemuck::cast_slice(&rows))?;
-        device.write(s.step, bytemuck::bytes_of(&Step { tokens: count, pad: [0; 3] }))?;
-        let run = |program: &Program, see: &mut Option<&mut See<'_>>| match see {
+        device.write(s.step, bytemuck::bytes_of(&Step { tokens: tokens.len() as u32, pad: [0; 3] }))
+    }
+
+    /// For the lab: set up a step over at most a chunk of tokens, and give its program to be run in pieces.
+    pub(crate) fn begin(&mut self, tokens: &[TokenId]) -> Result<Program> {
+        self.check(tokens)?;
+        self.write_rows(tokens)?;
+        Ok(edited(self.engine.inner.model.body(tokens.len() as u32, &self.state), &self.edit))
+    }
+
+    /// For the lab: the program of the logits of `picks` rows of the step.
+    pub(crate) fn begin_head(&mut self, picks: &[u32]) -> Result<Program> {
+        write_picks(&self.engine.inner.device, &self.state, picks)?;
+        Ok(self.engine.inner.model.head(picks.len() as u32, &self.state))
+    }
+
+    /// For the lab: the step over `tokens` has been run.
+    pub(crate) fn end(&mut self, tokens: &[TokenId]) {
+        self.tokens.extend_from_slice(tokens);
+        self.written = self.written.max(self.tokens.len());
+    }
+
+    /// Most rows of a step whose logits can be had at once.
+    pub(crate) fn max_picks(&self) -> usize {
+        self.state.max_picks as usize
+    }
+
+    /// Every buffer of the conversation.
+    pub(crate) fn state_slices(&self) -> Vec<Slice> {
+        self.state.slices()
+    }
+
+    pub(crate) fn device(&self) -> &dyn Device {
+        &*self.engine.inner.device
+    }
+
+    /// One step over at most a chunk of tokens.
+    fn step(
+        &mut self,
+        tokens: &[TokenId],
+        want: Want,
+        logits: &mut Vec<f32>,
+        mut watch: Option<&mut Watch<'_>>,
+    ) -> Result<()> {
+        self.write_rows(tokens)?;
+        let inner = &self.engine.inner;
+        let (device, s) = (&inner.device, &self.state);
+        let first = self.tokens.len();
+        let count = tokens.len() as u32;
+        let stats = &mut self.stats;
+        let mut run = |program: &Program| match &mut watch {
             None => device.run(program),
-            Some(see) => device::run_seeing(&**device, program, |name, width, words| see(name, width, words)),
+            Some(watch) => run_watched(device, program, watch, stats),
         };
-        let mut see = see;
         // Written first: if the step fails half-way, its positions may hold anything.
         self.written = self.written.max(first + tokens.len());
         if count == 1 {
-            run(&self.programs.body, &mut see)?;
+            run(&self.programs.body)?;
         } else {
-            run(&inner.model.body(count, s), &mut see)?;
+            run(&edited(inner.model.body(count, s), &self.edit))?;
         }
         let picks: Vec<u32> = match want {
             Want::Nothing => Vec::new(),
@@ -447,13 +563,11 @@ impl Session {
         };
         let vocab = self.engine.config().vocab_size;
         for picks in picks.chunks(s.max_picks as usize) {
-            device.write(s.picks, bytemuck::cast_slice(picks))?;
-            let head_step = Step { tokens: picks.len() as u32, pad: [0; 3] };
-            device.write(s.head_step, bytemuck::bytes_of(&head_step))?;
+            write_picks(device, s, picks)?;
             if picks.len() == 1 {
-                run(&self.programs.head, &mut see)?;
+                run(&self.programs.head)?;
             } else {
-                run(&inner.model.head(picks.len() as u32, s), &mut see)?;
+                run(&inner.model.head(picks.len() as u32, s))?;
             }
             let at = logits.len();
             logits.resize(at + picks.len() * vocab, 0.0);
@@ -467,4 +581,47 @@ impl Session {
         self.tokens.extend_from_slice(tokens);
         Ok(())
     }
+}
+
+fn write_picks(device: &Arc<dyn Device>, s: &State, picks: &[u32]) -> Result<()> {
+    device.write(s.picks, bytemuck::cast_slice(picks))?;
+    device.write(s.head_step, bytemuck::bytes_of(&Step { tokens: picks.len() as u32, pad: [0; 3] }))
+}
+
+/// Run a program and show its stages, or their statistics.
+fn run_watched(
+    device: &Arc<dyn Device>,
+    program: &Program,
+    watch: &mut Watch<'_>,
+    buffer: &mut Option<Buffer>,
+) -> Result<()> {
+    let mut program = program.clone();
+    program.stages.retain(|stage| (watch.keep)(&stage.name));
+    if !watch.stats {
+        return device.run_seeing(&program, watch.see);
+    }
+    // One region of the buffer for each stage, at offsets that any adapter can bind; the whole is read at once.
+    let rows = program.tokens() as usize;
+    let region = (rows * STATS_WORDS * 4).next_multiple_of(256) as u64;
+    let bytes = region * program.stages.len() as u64;
+    if bytes == 0 {
+        return device.run(&program);
+    }
+    if buffer.as_ref().is_none_or(|b| b.slice().bytes < bytes) {
+        *buffer = Some(Buffer::new(device, "statistics", bytes)?);
+    }
+    let all = buffer.as_ref().expect("just made").slice();
+    let stages = std::mem::take(&mut program.stages);
+    for (i, stage) in stages.iter().enumerate().rev() {
+        let to = Slice { offset: region * i as u64, bytes: (rows * STATS_WORDS * 4) as u64, ..all };
+        let launch = program.stats_of(stage, to);
+        program.insert(stage.after, vec![launch]);
+    }
+    device.run(&program)?;
+    let mut words = vec![0u32; bytes as usize / 4];
+    device.read(all.head(bytes), bytemuck::cast_slice_mut(&mut words))?;
+    for (stage, words) in stages.iter().zip(words.chunks_exact(region as usize / 4)) {
+        (watch.see)(stage, words[..rows * STATS_WORDS].to_vec())?;
+    }
+    Ok(())
 }

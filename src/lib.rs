@@ -37,11 +37,14 @@ pub mod sampler;
 #[doc(hidden)]
 pub mod shader;
 pub mod tokenizer;
+pub mod trace;
 
 pub use chat::{Answer, Chat, Piece};
 pub use default_model::{draft as default_draft_checkpoint, main as default_checkpoint};
 pub use device::gpu::Gpu;
-pub use engine::{Cancel, DEFAULT_CHUNK, DEFAULT_CONTEXT, DeviceChoice, Engine, EngineBuilder, See, Session, Want};
+pub use engine::{
+    Cancel, DEFAULT_CHUNK, DEFAULT_CONTEXT, DeviceChoice, Edit, Engine, EngineBuilder, See, Session, Want, Watch,
+};
 pub use error::{Error, Result};
 pub use model::Progress;
 pub use ops::CacheFormat;

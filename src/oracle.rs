@@ -182,6 +182,7 @@ impl Check {
 const FLUSHES_BF16: &str = "flushes subnormal bf16 weights";
 const FLUSHES_SCALES: &str = "flushes subnormal block scales";
 const ROUNDS_TWICE: &str = "multiply-add rounds twice";
+const LOOSE_EXP: &str = "exp is as far off as if its argument were rounded once more";
 const ROUNDS_QUOTIENTS: &str = "division by a power of two is not exact";
 
 /// Twice the value of each E2M1 code.
@@ -395,12 +396,12 @@ fn uniform_fp4(t: &mut Trial<'_>) -> Result<()> {
     Ok(())
 }
 
-/// Weight row n holds code n mod 16 and scale 2^(n/16): K times the code's value, in column n.
+/// Weight row n holds code n mod 16 and scale 2^(n mod 3): K times the code's value, in column n.
 fn column_dependent(t: &mut Trial<'_>) -> Result<()> {
     let (rows, n, k) = (3, 43, 64);
-    let w = t.mxfp4([1, n, k], |row, _| (row % 16) as u8, |row, _| UNIT + (row / 16) as u8)?;
+    let w = t.mxfp4([1, n, k], |row, _| (row % 16) as u8, |row, _| UNIT + (row % 3) as u8)?;
     let y = t.linear(&w, &vec![1.0; rows * k])?;
-    let want = |i: usize| (k as f64) * code_value((i % n % 16) as u8) * two_to((i % n / 16) as i32);
+    let want = |i: usize| (k as f64) * code_value((i % n % 16) as u8) * two_to((i % n % 3) as i32);
     t.equal(&y, want, cell(n));
     Ok(())
 }
@@ -426,11 +427,11 @@ fn element_order(t: &mut Trial<'_>) -> Result<()> {
     Ok(())
 }
 
-/// Every scale byte 0..=254 with every code twice, in a low and in a high nibble. The input undoes most of the scale,
+/// Every scale byte 0..=252 with every code twice, in a low and in a high nibble. The input undoes most of the scale,
 /// so that no result is subnormal or infinite.
 fn codes_and_scales(t: &mut Trial<'_>) -> Result<()> {
-    // Block b of row n has scale 32 b + n; 255, NaN, is refused at load and left out.
-    let scale = |row: usize, block: usize| (block * 32 + row).min(254);
+    // Block b of row n has scale 32 b + n. From 253 on a weight of 6 is above what f32 holds, and 255 is NaN.
+    let scale = |row: usize, block: usize| (block * 32 + row).min(252);
     // Codes 0..=15 upwards, then downwards: the parity of a code's place changes.
     let code = |k: usize| if k % 32 < 16 { k % 16 } else { 15 - k % 16 } as u8;
     let w = t.mxfp4([1, N, K], |_, k| code(k), |row, block| scale(row, block) as u8)?;
@@ -606,8 +607,6 @@ fn exp(t: &mut Trial<'_>) -> Result<()> {
     let d = |i: usize| (i as f64 * 87.0 / points as f64) as f32;
     let scores: Vec<f32> = (0..points).flat_map(|i| [-1e30, -d(i), -1e30, -1e30, 0.0, -1e30, -1e30, -1e30]).collect();
     let (_, weights) = route(t, &scores)?;
-    // One rounding of exp, about 1 ulp, of the sum, and of a division, at most 2.5 ulp.
-    let allowed = |_| 6.0;
     let want = |i: usize| {
         let small = (-f64::from(d(i / 4))).exp();
         match i % 4 {
@@ -616,6 +615,13 @@ fn exp(t: &mut Trial<'_>) -> Result<()> {
             _ => 0.0,
         }
     };
+    // exp takes about 1 ulp, the sum half of one, a division 2.5. Where fma rounds twice a driver may merge the two
+    // constants of the range reduction; that costs half an ulp of the argument, as if the score had been rounded.
+    let good = 6.0;
+    if weights.iter().enumerate().any(|(i, w)| ulps(*w, want(i)) > good) {
+        t.note(LOOSE_EXP);
+    }
+    let allowed = |i: usize| good + f64::from(d(i / 4));
     t.near(&weights, want, allowed, None, |i| format!("e^-{} as weight {}", d(i / 4), i % 4));
     Ok(())
 }
@@ -661,7 +667,7 @@ fn swiglu(t: &mut Trial<'_>) -> Result<()> {
     let y = gate_and_up(t, &h)?;
     let parts = |i: usize| {
         let [gate, up] = input(i / f);
-        let gate = (gate * if i % f % 2 == 0 { 1.0 } else { 2.0 }).min(7.0);
+        let gate = (gate * [1.0, 2.0][i % f % 2]).min(7.0);
         (gate, (up + (i / f % 3) as f64).clamp(-7.0, 7.0))
     };
     let alpha = f64::from(1.702f32);

@@ -134,6 +134,8 @@ pub struct Stage {
     pub slice: Slice,
     /// Elements in a row.
     pub width: usize,
+    /// Whether the elements are indices (u32) and not f32.
+    pub indices: bool,
 }
 
 /// The launches of one forward pass, in order.
@@ -168,7 +170,36 @@ impl Program {
     /// Name what stands in the first T rows of `slice` now.
     pub(crate) fn stage(&mut self, name: impl FnOnce() -> String, slice: Slice, width: usize) {
         let slice = slice.head(u64::from(self.tokens) * width as u64 * 4);
-        self.stages.push(Stage { name: name(), after: self.launches.len(), slice, width });
+        self.stages.push(Stage { name: name(), after: self.launches.len(), slice, width, indices: false });
+    }
+
+    /// As [`Self::stage`], for u32 indices.
+    pub(crate) fn index_stage(&mut self, name: impl FnOnce() -> String, slice: Slice, width: usize) {
+        self.stage(name, slice, width);
+        self.stages.last_mut().expect("just pushed").indices = true;
+    }
+
+    /// Put launches before launch `at`, behind the stages that end there. Stages after it move along.
+    pub(crate) fn insert(&mut self, at: usize, launches: Vec<Launch>) {
+        let count = launches.len();
+        self.launches.splice(at..at, launches);
+        for stage in self.stages.iter_mut().filter(|s| s.after > at) {
+            stage.after += count;
+        }
+    }
+
+    /// Put launches in the place of launch `at`. Stages that follow it follow the last of them.
+    pub fn replace(&mut self, at: usize, launches: Vec<Launch>) {
+        let count = launches.len();
+        self.launches.splice(at..=at, launches);
+        for stage in self.stages.iter_mut().filter(|s| s.after > at) {
+            stage.after = stage.after - 1 + count;
+        }
+    }
+
+    /// Rows of the step.
+    pub fn tokens(&self) -> u32 {
+        self.tokens
     }
 
     /// The launches before, between and after the named stages, as programs of their own.

@@ -519,3 +519,36 @@ fn add_and_take() {
         (p, vec![y])
     });
 }
+
+#[test]
+fn stats() {
+    use fourfold::ops::STATS_WORDS;
+    for (t, w, indices) in [(1, 1, false), (3, 67, false), (2, 4096, false), (5, 4, true)] {
+        let setup = |b: &mut Bench| {
+            let mut random = Random(w as u64);
+            let mut words: Vec<u32> = random.f32s(t * w).iter().map(|v| v.to_bits()).collect();
+            if indices {
+                words = (0..t * w).map(|_| random.below(32) as u32).collect();
+            } else if w > 10 {
+                words[3] = f32::NAN.to_bits();
+                words[w + 9] = f32::NEG_INFINITY.to_bits();
+                words[w + 11] = (-0.0f32).to_bits();
+            }
+            let (x, s) = (b.input(&words), b.output(t * STATS_WORDS));
+            (fourfold::trace::record::stats_program(t as u32, x, w, indices, s), vec![s])
+        };
+        let want = output_of(&cpu(), setup);
+        for (name, device) in gpus() {
+            let got = output_of(device, setup);
+            for (got, want) in got.chunks_exact(STATS_WORDS).zip(want.chunks_exact(STATS_WORDS)) {
+                // Counts and hashes are exact; sums differ by rounding.
+                assert_eq!(got[2..], want[2..], "T={t} W={w} on {name}");
+                let scale = f32::from_bits(want[1]).sqrt().max(1.0);
+                for i in 0..2 {
+                    let (got, want) = (f32::from_bits(got[i]), f32::from_bits(want[i]));
+                    assert!((got - want).abs() <= 1e-5 * scale * scale, "T={t} W={w} on {name}: {got} {want}");
+                }
+            }
+        }
+    }
+}

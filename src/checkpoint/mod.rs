@@ -152,6 +152,26 @@ impl Checkpoint {
         self.tensors.iter().map(|(name, tensor)| self.view(name, tensor))
     }
 
+    /// A hash of all tensors: names, dtypes, shapes and bytes. It tells checkpoints apart; it is no proof against forgery.
+    pub fn digest(&self) -> u64 {
+        let mut hash = 0u64;
+        let mut add = |bytes: &[u8]| {
+            let (words, rest) = bytes.as_chunks::<8>();
+            let mut tail = [0; 8];
+            tail[..rest.len()].copy_from_slice(rest);
+            for word in words.iter().chain([&tail, &(bytes.len() as u64).to_le_bytes()]) {
+                hash = (hash ^ u64::from_le_bytes(*word)).wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(29);
+            }
+        };
+        for view in self.tensors() {
+            add(view.name.as_bytes());
+            add(view.dtype.word().as_bytes());
+            view.shape.iter().for_each(|n| add(&(*n as u64).to_le_bytes()));
+            add(view.bytes);
+        }
+        hash
+    }
+
     /// Bytes of all tensors together.
     pub fn total_bytes(&self) -> u64 {
         self.tensors.values().map(|t| t.range.len() as u64).sum()

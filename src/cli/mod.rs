@@ -2,12 +2,14 @@
 
 mod chat;
 mod devices;
+mod diff;
 mod inspect;
 mod interrupt;
 mod oracle;
 mod run;
 mod screen;
 mod terminal;
+mod trace;
 
 use clap::{CommandFactory, Parser, Subcommand};
 use std::io::{self, Write};
@@ -21,6 +23,8 @@ Examples:
   fourfold run \"Tell me a story about a fox\"    one answer, then exit
   fourfold run --model ~/models/gpt-oss-20b     chat with another model
   fourfold inspect ~/models/gpt-oss-20b         what a checkpoint holds, and whether it is sound
+  fourfold trace --prompt \"Hi\" -o a.safetensors  record every stage of a run
+  fourfold diff a.safetensors b.safetensors     where two traces part
   fourfold devices                              which GPUs there are
   fourfold oracle                               whether they compute rightly
 
@@ -51,6 +55,10 @@ enum Command {
     Run(Box<run::Args>),
     /// Show what a checkpoint holds, whether it is sound, and what will go where
     Inspect(inspect::Args),
+    /// Run a prompt and record every stage of every layer
+    Trace(Box<trace::Args>),
+    /// Compare two traces: the first stage, token and element where they part
+    Diff(Box<diff::Args>),
     /// List the adapters that could compute
     Devices,
     /// Check that a device computes rightly: tests whose answers are known
@@ -69,6 +77,8 @@ enum Command {
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Ending {
     Done,
+    /// What was compared is not the same.
+    Differs,
     Interrupted,
 }
 
@@ -90,12 +100,15 @@ pub(crate) fn main() -> ExitCode {
     let done = match command.expect("the parser was given one") {
         Command::Run(args) => run::run(&args, started),
         Command::Inspect(args) => inspect::inspect(&args),
+        Command::Trace(args) => trace::trace(&args),
+        Command::Diff(args) => diff::diff(&args),
         Command::Devices => devices::devices(),
         Command::Oracle(args) => oracle::oracle(&args),
         Command::Completions { shell } => completions(shell),
     };
     match done {
         Ok(Ending::Done) => ExitCode::SUCCESS,
+        Ok(Ending::Differs) => ExitCode::FAILURE,
         Ok(Ending::Interrupted) => ExitCode::from(INTERRUPTED),
         Err(e) if is_broken_pipe(&e) => ExitCode::SUCCESS,
         Err(e) => {

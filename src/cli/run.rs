@@ -5,7 +5,7 @@ use super::screen::Screen;
 use super::terminal::{self, Paint};
 use super::{Ending, Usage, chat};
 use clap::ValueEnum;
-use fourfold::checkpoint::Mapping;
+use fourfold::checkpoint::{Checkpoint, Mapping};
 use fourfold::config::GenerationConfig;
 use fourfold::device::gpu;
 use fourfold::sampler::Choice;
@@ -460,7 +460,7 @@ impl Drawing {
 }
 
 impl EngineArgs {
-    fn device(&self) -> anyhow::Result<DeviceChoice> {
+    pub(super) fn device(&self) -> anyhow::Result<DeviceChoice> {
         let options = gpu::Options {
             adapter: self.adapter.clone(),
             checked_shaders: self.checked_shaders,
@@ -480,7 +480,16 @@ impl EngineArgs {
         }
     }
 
-    fn load(&self, device: DeviceChoice, quiet: bool) -> anyhow::Result<Engine> {
+    /// The checkpoint itself.
+    pub(super) fn checkpoint(&self) -> anyhow::Result<Checkpoint> {
+        let mapping = if self.no_mmap { Mapping::Read } else { Mapping::Mmap };
+        Ok(match &self.model {
+            Some(dir) => Checkpoint::open(dir, mapping)?,
+            None => fourfold::default_checkpoint()?,
+        })
+    }
+
+    pub(super) fn load(&self, device: DeviceChoice, quiet: bool) -> anyhow::Result<Engine> {
         let bar = terminal::loading(quiet);
         let shown = bar.clone();
         let mut builder = Engine::builder()

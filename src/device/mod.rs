@@ -7,7 +7,7 @@ pub mod gpu;
 
 use crate::error::Result;
 use crate::ops::Views;
-use crate::program::{Access, BufferId, Launch, Program, Slice};
+use crate::program::{Access, BufferId, Launch, Program, Slice, Stage};
 use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -26,13 +26,33 @@ pub trait Device: Send + Sync + fmt::Debug {
     fn prepare(&self, program: &Program) -> Result<()>;
     /// Run the launches in order. Launches placed on the host run there.
     fn run(&self, program: &Program) -> Result<()>;
+    /// Run the launches in order and show every named stage: what stands in its rows right after the launch that makes
+    /// it, before anything reuses the buffer.
+    fn run_seeing(&self, program: &Program, see: See<'_>) -> Result<()> {
+        for (part, stage) in program.split_at_stages() {
+            self.run(&part)?;
+            if let Some(stage) = stage {
+                let mut words = vec![0u32; (stage.slice.bytes / 4) as usize];
+                self.read(stage.slice, bytemuck::cast_slice_mut(&mut words))?;
+                see(stage, words)?;
+            }
+        }
+        Ok(())
+    }
     /// Wait until everything written and run so far is done, and report what went wrong.
     fn wait(&self) -> Result<()>;
     /// What the device can hold and bind.
     fn limits(&self) -> Limits;
-    /// Who computes, for people: adapter, backend, driver.
+    /// Who computes, for people: adapter and backend.
     fn describe(&self) -> String;
+    /// The driver and its version; empty where there is none.
+    fn driver(&self) -> String {
+        String::new()
+    }
 }
+
+/// Sees a named stage and its words.
+pub type See<'a> = &'a mut dyn FnMut(&Stage, Vec<u32>) -> Result<()>;
 
 /// What a device can hold and bind.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -95,24 +115,6 @@ impl Drop for Buffer {
 fn next_id() -> BufferId {
     static NEXT: AtomicU64 = AtomicU64::new(1);
     BufferId(NEXT.fetch_add(1, Ordering::Relaxed))
-}
-
-/// Run a program and look at every named stage: `see(name, width, words)` gets its rows right after the launch that
-/// makes it, before anything reuses the buffer.
-pub fn run_seeing(
-    device: &dyn Device,
-    program: &Program,
-    mut see: impl FnMut(&str, usize, Vec<u32>) -> Result<()>,
-) -> Result<()> {
-    for (part, stage) in program.split_at_stages() {
-        device.run(&part)?;
-        if let Some(stage) = stage {
-            let mut words = vec![0u32; (stage.slice.bytes / 4) as usize];
-            device.read(stage.slice, bytemuck::cast_slice_mut(&mut words))?;
-            see(&stage.name, stage.width, words)?;
-        }
-    }
-    Ok(())
 }
 
 /// Compute a launch by its twin over copies of its slices.

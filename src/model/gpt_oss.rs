@@ -290,7 +290,7 @@ impl GptOss {
         p.linear(s.step, &l.router.weight, Some(l.router.bias), s.h, s.scores);
         p.stage(name("mlp.router.logits"), s.scores, e);
         p.router(self.router, s.scores, s.routes);
-        p.stage(name("mlp.router.experts"), s.routes.experts, a);
+        p.index_stage(name("mlp.router.experts"), s.routes.experts, a);
         p.stage(name("mlp.router.weights"), s.routes.weights, a);
         let activation = [c.swiglu_limit, c.swiglu_alpha];
         p.moe_up(&l.up, self.router.a, activation, s.routes.experts, [s.h, s.e]);
@@ -321,6 +321,13 @@ fn rope_table(config: &Config, positions: &[u32]) -> Vec<f32> {
         })
     };
     positions.iter().flat_map(angles).collect()
+}
+
+impl State {
+    /// Every buffer, in the order in which they are made: the same for all states of one model and plan.
+    pub fn slices(&self) -> Vec<Slice> {
+        self._buffers.iter().map(Buffer::slice).collect()
+    }
 }
 
 /// What was found while checking.

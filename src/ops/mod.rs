@@ -13,6 +13,7 @@ mod moe_up;
 mod rms_norm;
 mod rope;
 mod router;
+mod stats;
 mod take;
 mod views;
 mod weight;
@@ -27,6 +28,7 @@ pub use moe_up::{Experts, MoeUp};
 pub use rms_norm::RmsNorm;
 pub use rope::{CacheFormat, KvCache, Rope};
 pub use router::{Router, Routes};
+pub use stats::{STATS_WORDS, Stats};
 pub use take::Take;
 pub use views::Views;
 pub(crate) use views::is_written;
@@ -35,7 +37,7 @@ pub use weight::{Matrix, Part, Weight};
 use crate::shader::Kernel;
 
 /// Every kernel there is.
-pub const KERNELS: [&Kernel; 11] = [
+pub const KERNELS: [&Kernel; 12] = [
     &add::KERNEL,
     &attention::KERNEL,
     &embed::KERNEL,
@@ -46,6 +48,7 @@ pub const KERNELS: [&Kernel; 11] = [
     &rms_norm::KERNEL,
     &rope::KERNEL,
     &router::KERNEL,
+    &stats::KERNEL,
     &take::KERNEL,
 ];
 
@@ -63,6 +66,7 @@ pub enum Op {
     RmsNorm(RmsNorm),
     Rope(Rope),
     Router(Router),
+    Stats(Stats),
     Take(Take),
 }
 
@@ -80,6 +84,7 @@ impl Op {
             Op::RmsNorm(op) => op.twin(tokens, views),
             Op::Rope(op) => op.twin(tokens, views),
             Op::Router(op) => op.twin(tokens, views),
+            Op::Stats(op) => op.twin(tokens, views),
             Op::Take(op) => op.twin(tokens, views),
         }
     }

@@ -7,7 +7,7 @@ mod run;
 
 pub use adapter::{AdapterFacts, is_hardware, list};
 
-use super::{Device, Limits, next_id};
+use super::{Device, Limits, See, next_id};
 use crate::error::{Error, Result};
 use crate::program::{BufferId, Program, Slice};
 use pipeline::{Compile, Pipelines};
@@ -186,6 +186,45 @@ impl Gpu {
             Err(_) => Err(Error::DeviceLost("while waiting for it".to_owned())),
         }
     }
+
+    /// Copy `bytes.len()` bytes out of a buffer, through the readback buffer.
+    fn read_buffer(&self, from: &wgpu::Buffer, offset: u64, bytes: &mut [u8]) -> Result<()> {
+        let mut staging = self.staging.lock().unwrap_or_else(PoisonError::into_inner);
+        let size = bytes.len() as u64;
+        let buffer = match staging.take() {
+            Some(buffer) if buffer.size() >= size => buffer,
+            _ => {
+                let usage = wgpu::BufferUsages::MAP_READ | wgpu::BufferUsages::COPY_DST;
+                let label = Some("readback");
+                let size = size.next_power_of_two().max(1 << 16).min(self.device.limits().max_buffer_size);
+                let descriptor = wgpu::BufferDescriptor { label, size, usage, mapped_at_creation: false };
+                self.scoped("readback", size, || self.device.create_buffer(&descriptor))?
+            }
+        };
+        let (tell, told) = std::sync::mpsc::channel();
+        self.scoped("reading back", size, || {
+            let mut encoder = self.device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
+            encoder.copy_buffer_to_buffer(from, offset, &buffer, 0, size);
+            self.queue.submit([encoder.finish()]);
+            buffer.slice(..size).map_async(wgpu::MapMode::Read, move |mapped| {
+                let _ = tell.send(mapped);
+            });
+        })?;
+        self.poll()?;
+        // Another thread's poll may be the one that answers, a moment after ours returns.
+        match told.recv_timeout(PATIENCE) {
+            Ok(Ok(())) => {}
+            _ => return Err(Error::DeviceLost("a readback was not answered".to_owned())),
+        }
+        let mapped = buffer.slice(..size).get_mapped_range().map_err(|e| Error::Device(e.to_string()))?;
+        bytes.copy_from_slice(&mapped);
+        drop(mapped);
+        buffer.unmap();
+        if buffer.size() <= KEPT_READBACK {
+            *staging = Some(buffer);
+        }
+        Ok(())
+    }
 }
 
 fn one_line(text: &str) -> String {
@@ -233,41 +272,7 @@ impl Device for Gpu {
     }
 
     fn read(&self, from: Slice, bytes: &mut [u8]) -> Result<()> {
-        let mut staging = self.staging.lock().unwrap_or_else(PoisonError::into_inner);
-        let size = bytes.len() as u64;
-        let buffer = match staging.take() {
-            Some(buffer) if buffer.size() >= size => buffer,
-            _ => {
-                let usage = wgpu::BufferUsages::MAP_READ | wgpu::BufferUsages::COPY_DST;
-                let label = Some("readback");
-                let size = size.next_power_of_two().max(1 << 16).min(self.device.limits().max_buffer_size);
-                let descriptor = wgpu::BufferDescriptor { label, size, usage, mapped_at_creation: false };
-                self.scoped("readback", size, || self.device.create_buffer(&descriptor))?
-            }
-        };
-        let (tell, told) = std::sync::mpsc::channel();
-        self.scoped("reading back", size, || {
-            let mut encoder = self.device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
-            encoder.copy_buffer_to_buffer(&self.buffer(from.buffer), from.offset, &buffer, 0, size);
-            self.queue.submit([encoder.finish()]);
-            buffer.slice(..size).map_async(wgpu::MapMode::Read, move |mapped| {
-                let _ = tell.send(mapped);
-            });
-        })?;
-        self.poll()?;
-        // Another thread's poll may be the one that answers, a moment after ours returns.
-        match told.recv_timeout(PATIENCE) {
-            Ok(Ok(())) => {}
-            _ => return Err(Error::DeviceLost("a readback was not answered".to_owned())),
-        }
-        let mapped = buffer.slice(..size).get_mapped_range().map_err(|e| Error::Device(e.to_string()))?;
-        bytes.copy_from_slice(&mapped);
-        drop(mapped);
-        buffer.unmap();
-        if buffer.size() <= KEPT_READBACK {
-            *staging = Some(buffer);
-        }
-        Ok(())
+        self.read_buffer(&self.buffer(from.buffer), from.offset, bytes)
     }
 
     fn prepare(&self, program: &Program) -> Result<()> {
@@ -279,6 +284,10 @@ impl Device for Gpu {
         self.run_program(program)
     }
 
+    fn run_seeing(&self, program: &Program, see: See<'_>) -> Result<()> {
+        self.run_program_seeing(program, see)
+    }
+
     fn wait(&self) -> Result<()> {
         self.scoped("submitting", 0, || self.queue.submit([]))?;
         self.poll()?;
@@ -287,6 +296,10 @@ impl Device for Gpu {
 
     fn limits(&self) -> Limits {
         self.limits
+    }
+
+    fn driver(&self) -> String {
+        self.facts.driver.clone()
     }
 
     fn describe(&self) -> String {

@@ -1,10 +1,10 @@
 //! Running a program: launches into compute passes, passes into submissions, host stages between them.
 
 use super::Gpu;
-use crate::device::{Device, run_on_host};
+use crate::device::{Device, See, run_on_host};
 use crate::error::Result;
 use crate::ops::is_written;
-use crate::program::{Access, BufferId, Launch, Place, Program, Slice};
+use crate::program::{Access, BufferId, Launch, Place, Program, Slice, Stage};
 use std::sync::{Arc, PoisonError};
 
 /// Launches in one submission: short enough for a desktop's watchdog, long enough to keep the queue busy.
@@ -23,12 +23,65 @@ impl BindKey {
     }
 }
 
+/// Most bytes of stages that wait on the device to be read.
+const SEEN: u64 = 64 << 20;
+
 impl Gpu {
+    /// As [`Self::run_program`], and copy every stage inside the same stream of commands, right after the launch that
+    /// makes it; the copies are read at the end, or when they fill a buffer.
+    pub(super) fn run_program_seeing(&self, program: &Program, see: See<'_>) -> Result<()> {
+        let largest = program.stages.iter().map(|s| s.slice.bytes).max().unwrap_or(0);
+        let total: u64 = program.stages.iter().map(|s| s.slice.bytes).sum();
+        let size = total.min(SEEN).max(largest).max(4);
+        let usage = wgpu::BufferUsages::COPY_DST | wgpu::BufferUsages::COPY_SRC;
+        let descriptor = wgpu::BufferDescriptor { label: Some("stages"), size, usage, mapped_at_creation: false };
+        let kept = self.scoped("a buffer for stages", size, || self.device.create_buffer(&descriptor))?;
+        let mut waiting: Vec<&Stage> = Vec::new();
+        let mut used = 0;
+        let mut from = 0;
+        for stage in &program.stages {
+            if used + stage.slice.bytes > size {
+                self.show(&kept, &mut waiting, see)?;
+                used = 0;
+            }
+            self.run_launches(&program.launches[from..stage.after], program.tokens)?;
+            from = stage.after;
+            self.scoped("copying a stage", 0, || {
+                let mut encoder = self.device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
+                let buffer = self.buffer(stage.slice.buffer);
+                encoder.copy_buffer_to_buffer(&buffer, stage.slice.offset, &kept, used, stage.slice.bytes);
+                self.queue.submit([encoder.finish()]);
+            })?;
+            used += stage.slice.bytes;
+            waiting.push(stage);
+        }
+        self.run_launches(&program.launches[from..], program.tokens)?;
+        self.show(&kept, &mut waiting, see)
+    }
+
+    /// Read the stages that wait in `kept`, one behind the other, and show them.
+    fn show(&self, kept: &wgpu::Buffer, waiting: &mut Vec<&Stage>, see: See<'_>) -> Result<()> {
+        let mut words = vec![0u32; waiting.iter().map(|s| s.slice.bytes as usize / 4).sum()];
+        if !words.is_empty() {
+            self.read_buffer(kept, 0, bytemuck::cast_slice_mut(&mut words))?;
+        }
+        let mut rest = &words[..];
+        for stage in waiting.drain(..) {
+            let (mine, others) = rest.split_at(stage.slice.bytes as usize / 4);
+            see(stage, mine.to_vec())?;
+            rest = others;
+        }
+        Ok(())
+    }
+
     pub(super) fn run_program(&self, program: &Program) -> Result<()> {
-        let mut rest = &program.launches[..];
+        self.run_launches(&program.launches, program.tokens)
+    }
+
+    fn run_launches(&self, mut rest: &[Launch], tokens: u32) -> Result<()> {
         while let Some(first) = rest.first() {
             if first.place == Place::Host {
-                self.run_host_launch(first, program.tokens)?;
+                self.run_host_launch(first, tokens)?;
                 rest = &rest[1..];
             } else {
                 let count = rest.iter().take(LAUNCHES).take_while(|l| l.place == Place::Device).count();

@@ -10,6 +10,7 @@ use fourfold::ops::{Op, Routes};
 use fourfold::program::{Launch, Program, Slice};
 use fourfold::trace::bisect::{Reference, StageError, TOLERANCE, bisect};
 use fourfold::trace::file::TraceFile;
+use fourfold::trace::probe::probe;
 use fourfold::{DeviceChoice, Edit, Engine, HostStages, Session};
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
@@ -279,4 +280,58 @@ fn bisect_names_every_planted_fault_against_a_trace_from_outside() {
         let want = format!("layers.{layer}.{seen_in}");
         assert_eq!(wrong(&found).first(), Some(&want.as_str()), "{fault}");
     }
+}
+
+#[test]
+fn a_right_engine_keeps_neighbours_and_old_data_out() {
+    for device in [under_test(), cpu()] {
+        let engine = engine(&device);
+        let trials = probe(&engine, || engine.session(), &prompt()[..20], &prompt()[3..30]).unwrap();
+        assert!(trials.len() >= 8 && trials.iter().all(|t| t.parting.is_none()), "{trials:?}");
+    }
+}
+
+#[test]
+fn probe_finds_stale_scratch() {
+    // The first layer's experts read what the step before left behind: only running otherwise shows it.
+    let engine = engine(&under_test());
+    let stale = || Ok(planted(&engine, "stale scratch in one MoE layer", 0));
+    let trials = probe(&engine, stale, &prompt()[..20], &prompt()[3..30]).unwrap();
+    for name in ["after other tokens in the same session", "one token a step", "over scratch and cache full of NaN"] {
+        let parting = trials.iter().find(|t| t.name == name).unwrap().parting.as_ref();
+        assert_eq!(parting.map(|p| p.stage.as_str()), Some("layers.0.mlp.up"), "{name}: {trials:?}");
+    }
+}
+
+#[test]
+fn tracing_changes_no_bit_and_adds_nothing_when_off() {
+    use fourfold::{Want, Watch};
+    for device in [under_test(), cpu()] {
+        let engine = engine(&device);
+        let plain = engine.session().unwrap().feed(&prompt(), Want::All).unwrap();
+        for stats in [false, true] {
+            let mut seen = 0;
+            let mut see = |_: &fourfold::program::Stage, _: Vec<u32>| {
+                seen += 1;
+                Ok(())
+            };
+            let mut watch = Watch { keep: &|_| true, stats, see: &mut see };
+            let traced = engine.session().unwrap().feed_watching(&prompt(), Want::All, &mut watch).unwrap();
+            let bits = |logits: &[f32]| logits.iter().map(|v| v.to_bits()).collect::<Vec<_>>();
+            assert!(bits(&plain) == bits(&traced), "stats: {stats}");
+            assert!(seen > 100, "{seen}");
+        }
+    }
+    // What a program launches does not depend on whether its stages are looked at: naming them adds nothing.
+    let launches = Arc::new(Mutex::new(Vec::new()));
+    let note = launches.clone();
+    let engine = engine(&cpu());
+    let edit = Edit::new(move |program: &mut Program| {
+        note.lock().unwrap().push((program.launches.len(), program.stages.len()));
+        program.stages.clear();
+    });
+    let unnamed = engine.session_edited(edit).unwrap().feed(&prompt(), fourfold::Want::All).unwrap();
+    assert_eq!(unnamed, engine.session().unwrap().feed(&prompt(), fourfold::Want::All).unwrap());
+    let launches = launches.lock().unwrap();
+    assert!(launches.iter().all(|l| *l == (1 + 4 * 13, 1 + 4 * 12)), "{launches:?}");
 }

@@ -1,5 +1,6 @@
 //! The command line: the commands, and which error ends with which exit code.
 
+mod bisect;
 mod chat;
 mod devices;
 mod diff;
@@ -25,6 +26,7 @@ Examples:
   fourfold inspect ~/models/gpt-oss-20b         what a checkpoint holds, and whether it is sound
   fourfold trace --prompt \"Hi\" -o a.safetensors  record every stage of a run
   fourfold diff a.safetensors b.safetensors     where two traces part
+  fourfold bisect --prompt \"Hi\"                the stage that is wrong by itself: GPU against twins
   fourfold devices                              which GPUs there are
   fourfold oracle                               whether they compute rightly
 
@@ -59,6 +61,10 @@ enum Command {
     Trace(Box<trace::Args>),
     /// Compare two traces: the first stage, token and element where they part
     Diff(Box<diff::Args>),
+    /// Find the stage that is wrong by itself, feeding each with a reference's own inputs
+    Bisect(Box<bisect::BisectArgs>),
+    /// Run the same tokens in many ways: which stage lets a neighbour or old data in
+    Probe(Box<bisect::ProbeArgs>),
     /// List the adapters that could compute
     Devices,
     /// Check that a device computes rightly: tests whose answers are known
@@ -102,6 +108,8 @@ pub(crate) fn main() -> ExitCode {
         Command::Inspect(args) => inspect::inspect(&args),
         Command::Trace(args) => trace::trace(&args),
         Command::Diff(args) => diff::diff(&args),
+        Command::Bisect(args) => bisect::bisect(&args),
+        Command::Probe(args) => bisect::probe(&args),
         Command::Devices => devices::devices(),
         Command::Oracle(args) => oracle::oracle(&args),
         Command::Completions { shell } => completions(shell),

@@ -132,7 +132,7 @@ pub(super) struct EngineArgs {
     kv: KvArg,
     /// Stages that the CPU computes while the rest stays on the GPU: choosing experts, summing their outputs, attention; several with commas between
     #[arg(long, value_name = "STAGES", value_delimiter = ',')]
-    host: Vec<Stage>,
+    host: Vec<HostArg>,
     /// Read the weights into memory instead of mapping the files
     #[arg(long)]
     no_mmap: bool,
@@ -162,7 +162,7 @@ enum DeviceArg {
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
-enum Stage {
+pub(super) enum HostArg {
     Routing,
     Scatter,
     Attention,
@@ -461,12 +461,6 @@ impl Drawing {
 
 impl EngineArgs {
     pub(super) fn device(&self) -> anyhow::Result<DeviceChoice> {
-        let options = gpu::Options {
-            adapter: self.adapter.clone(),
-            checked_shaders: self.checked_shaders,
-            without_subgroups: self.no_subgroups,
-            max_binding_bytes: self.max_binding_bytes,
-        };
         let asks_for_gpu =
             self.adapter.is_some() || self.checked_shaders || self.no_subgroups || self.max_binding_bytes.is_some();
         match self.device {
@@ -476,8 +470,18 @@ impl EngineArgs {
             }
             DeviceArg::Cpu => Ok(DeviceChoice::Cpu),
             DeviceArg::Auto if !asks_for_gpu => Ok(DeviceChoice::Auto),
-            DeviceArg::Auto | DeviceArg::Gpu => Ok(DeviceChoice::Gpu(options)),
+            DeviceArg::Auto | DeviceArg::Gpu => Ok(self.gpu()),
         }
+    }
+
+    /// The GPU that the options ask for.
+    pub(super) fn gpu(&self) -> DeviceChoice {
+        DeviceChoice::Gpu(gpu::Options {
+            adapter: self.adapter.clone(),
+            checked_shaders: self.checked_shaders,
+            without_subgroups: self.no_subgroups,
+            max_binding_bytes: self.max_binding_bytes,
+        })
     }
 
     /// The checkpoint itself.
@@ -490,6 +494,11 @@ impl EngineArgs {
     }
 
     pub(super) fn load(&self, device: DeviceChoice, quiet: bool) -> anyhow::Result<Engine> {
+        self.load_with_host(device, &self.host, quiet)
+    }
+
+    /// As [`Self::load`], with other stages on the host.
+    pub(super) fn load_with_host(&self, device: DeviceChoice, host: &[HostArg], quiet: bool) -> anyhow::Result<Engine> {
         let bar = terminal::loading(quiet);
         let shown = bar.clone();
         let mut builder = Engine::builder()
@@ -497,9 +506,9 @@ impl EngineArgs {
             .mapping(if self.no_mmap { Mapping::Read } else { Mapping::Mmap })
             .cache(self.kv.format())
             .host(HostStages {
-                routing: self.host.contains(&Stage::Routing),
-                scatter: self.host.contains(&Stage::Scatter),
-                attention: self.host.contains(&Stage::Attention),
+                routing: host.contains(&HostArg::Routing),
+                scatter: host.contains(&HostArg::Scatter),
+                attention: host.contains(&HostArg::Attention),
             })
             .progress(move |p| {
                 shown.set_length(p.total_bytes);

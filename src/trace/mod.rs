@@ -3,5 +3,6 @@
 pub mod bisect;
 pub mod compare;
 pub mod file;
+pub mod probe;
 pub mod record;
 pub mod report;

@@ -1,0 +1,126 @@
+//! Whether anything but its own history reaches a position: the same tokens run again, alone, in other pieces, beside
+//! others, over poisoned scratch; every row of every stage is hashed, and all runs must hash alike.
+
+use super::file::stage_order;
+use crate::engine::{Engine, Session, Want, Watch};
+use crate::error::Result;
+use crate::program::Stage;
+use crate::tokenizer::TokenId;
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+/// How a run differed from the first one.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Parting {
+    /// The first stage, in order of execution, with a row that hashes otherwise.
+    pub stage: String,
+    /// The first such position.
+    pub position: usize,
+    /// Positions of that stage that hash otherwise.
+    pub positions: usize,
+}
+
+/// One way to run the same tokens.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Trial {
+    /// In words.
+    pub name: &'static str,
+    /// `None`: equal bits in every row of every stage.
+    pub parting: Option<Parting>,
+}
+
+/// Hashes of a run: by stage, one for each position.
+type Hashes = BTreeMap<String, Vec<u64>>;
+
+/// Run `tokens` in every way there is. `new_session` makes the sessions under test; `others` are tokens for neighbours.
+pub fn probe(
+    engine: &Engine,
+    new_session: impl Fn() -> Result<Session>,
+    tokens: &[TokenId],
+    others: &[TokenId],
+) -> Result<Vec<Trial>> {
+    let mut session = new_session()?;
+    let whole = session.chunk();
+    let first = run(&mut session, tokens, whole, || Ok(()))?;
+    let mut trials = Vec::new();
+    let mut add = |name, hashes: &Hashes| trials.push(Trial { name, parting: parting(&first, hashes) });
+
+    session.clear();
+    add("again in the same session", &run(&mut session, tokens, whole, || Ok(()))?);
+    session.clear();
+    session.feed(others, Want::Last)?;
+    session.clear();
+    add("after other tokens in the same session", &run(&mut session, tokens, whole, || Ok(()))?);
+    for (name, piece) in [("one token a step", 1), ("three tokens a step", 3), ("seven tokens a step", 7)] {
+        add(name, &run(&mut new_session()?, tokens, piece.min(whole), || Ok(()))?);
+    }
+    let mut poisoned = new_session()?;
+    poison(&poisoned)?;
+    add("over scratch and cache full of NaN", &run(&mut poisoned, tokens, whole, || Ok(()))?);
+    let mut neighbour = engine.session()?;
+    let beside = run(&mut new_session()?, tokens, 3.min(whole), || {
+        neighbour.clear();
+        neighbour.feed(others, Want::Last).map(drop)
+    })?;
+    add("between steps of another session", &beside);
+    let stop = AtomicBool::new(false);
+    let busy = std::thread::scope(|scope| {
+        let other = scope.spawn(|| {
+            let mut neighbour = engine.session()?;
+            while !stop.load(Ordering::Relaxed) {
+                neighbour.clear();
+                neighbour.feed(others, Want::Last)?;
+            }
+            Ok(())
+        });
+        let hashes = new_session().and_then(|mut session| run(&mut session, tokens, whole, || Ok(())));
+        stop.store(true, Ordering::Relaxed);
+        other.join().expect("the neighbour does not panic").and(hashes)
+    })?;
+    add("while another thread computes", &busy);
+    Ok(trials)
+}
+
+/// Feed the tokens in pieces and hash every row of every stage. `between` runs after each piece.
+fn run(
+    session: &mut Session,
+    tokens: &[TokenId],
+    piece: usize,
+    mut between: impl FnMut() -> Result<()>,
+) -> Result<Hashes> {
+    let mut hashes = Hashes::new();
+    for piece in tokens.chunks(piece) {
+        let mut see = |stage: &Stage, words: Vec<u32>| {
+            hashes.entry(stage.name.clone()).or_default().extend(words.chunks_exact(stage.width).map(hash));
+            Ok(())
+        };
+        session.feed_watching(piece, Want::All, &mut Watch { keep: &|_| true, stats: false, see: &mut see })?;
+        between()?;
+    }
+    Ok(hashes)
+}
+
+/// FNV-1a over words.
+fn hash(row: &[u32]) -> u64 {
+    row.iter().fold(0xcbf2_9ce4_8422_2325, |h, w| (h ^ u64::from(*w)).wrapping_mul(0x0000_0100_0000_01b3))
+}
+
+/// Fill every buffer of a session with NaN.
+fn poison(session: &Session) -> Result<()> {
+    for slice in session.state_slices() {
+        let words = vec![f32::NAN.to_bits(); (slice.bytes / 4) as usize];
+        session.device().write(slice, bytemuck::cast_slice(&words))?;
+    }
+    Ok(())
+}
+
+fn parting(first: &Hashes, other: &Hashes) -> Option<Parting> {
+    let mut stages: Vec<&String> = first.keys().collect();
+    stages.sort_by_key(|name| stage_order(name));
+    stages.into_iter().find_map(|stage| {
+        let (a, b) = (&first[stage], other.get(stage)?);
+        let wrong: Vec<usize> = (0..a.len().max(b.len())).filter(|i| a.get(*i) != b.get(*i)).collect();
+        let position = *wrong.first()?;
+        Some(Parting { stage: stage.clone(), position, positions: wrong.len() })
+    })
+}

@@ -331,3 +331,34 @@ fn an_interrupt_in_a_pipe_ends_with_130() {
     assert_eq!(output.status.code(), Some(130), "{}", err(&output));
     assert!(err(&output).trim().ends_with("stopped"), "{}", err(&output));
 }
+
+#[test]
+fn the_lab_from_the_command_line() {
+    let dir = Path::new(env!("CARGO_TARGET_TMPDIR")).join("lab");
+    let _ = fs::remove_dir_all(&dir);
+    fs::create_dir_all(&dir).unwrap();
+    let file = |name: &str| dir.join(name).to_str().unwrap().to_owned();
+    let (a, b, few, stats) =
+        (file("a.safetensors"), file("b.safetensors"), file("few.safetensors"), file("s.safetensors"));
+    let trace = |out: &str, more: &[&str]| {
+        let output = fourfold(&[&["trace", "--prompt", STORY, "--device", "cpu", "-o", out], more].concat());
+        assert!(output.status.success(), "{}", err(&output));
+    };
+    trace(&a, &["-n", "3"]);
+    trace(&b, &["-n", "3", "--chunk", "2"]);
+    trace(&few, &["--layers", "1-2", "--stage", "*mlp*", "--positions", "1,3"]);
+    trace(&stats, &["--stats"]);
+    fails(&["trace", "--prompt", STORY, "--device", "cpu", "-o", &a], 2, &["--force"]);
+    fails(&["trace", "--prompt", STORY, "--layers", "4-2", "-o", "x"], 2, &["4-2"]);
+    let same = fourfold(&["diff", &a, &b]);
+    assert!(same.status.success() && out(&same).contains("99 stages"), "{}{}", out(&same), err(&same));
+    let part = fourfold(&["diff", &a, &few]);
+    assert!(part.status.success() && out(&part).contains("14 stages"), "{}{}", out(&part), err(&part));
+    let bisect = fourfold(&["bisect", "--prompt", STORY, "--device", "cpu", "--against", &a]);
+    assert!(bisect.status.success() && out(&bisect).contains("No stage"), "{}{}", out(&bisect), err(&bisect));
+    // Another prompt's trace is no reference.
+    let other = fourfold(&["bisect", "--prompt", "In a dark wood", "--device", "cpu", "--against", &a]);
+    assert!(!other.status.success(), "{}", out(&other));
+    let probe = fourfold(&["probe", "--prompt", STORY, "--device", "cpu"]);
+    assert!(probe.status.success() && out(&probe).matches("equal bits").count() >= 8, "{}", out(&probe));
+}

@@ -2,6 +2,7 @@
 
 use super::run::{EngineArgs, HostArg};
 use super::{Ending, Usage, terminal};
+use fourfold::device::gpu;
 use fourfold::trace::bisect::{Reference, StageError, TOLERANCE, bisect as bisect_runs};
 use fourfold::trace::file::TraceFile;
 use fourfold::trace::probe::probe as probe_runs;
@@ -13,6 +14,7 @@ const BISECT_EXAMPLES: &str = "\
 Examples:
   fourfold bisect --prompt \"Once upon a time\"                        the GPU against the twins
   fourfold bisect --device cpu --tokens 410,11 --against t.safetensors --model DIR
+  fourfold bisect --adapter NVIDIA --against gpu:llvmpipe --prompt \"Hi\"   one adapter against another
   fourfold bisect --host attention --prompt \"Hi\" --against gpu       a stage on the host against all on the GPU
 
 `local` is the error of a stage on the reference's own inputs: a stage that is wrong by itself. `cumulative` is the
@@ -28,7 +30,7 @@ Exit codes:
 pub(super) struct BisectArgs {
     #[command(flatten)]
     prompt: PromptArgs,
-    /// The reference: cpu (the twins), gpu, or a trace file
+    /// The reference: cpu (the twins), gpu, gpu:NAME (another adapter), or a trace file
     #[arg(long, value_name = "WHAT", default_value = "cpu")]
     against: String,
     /// Keep only tensors of the trace whose names begin so, and call them what follows
@@ -73,8 +75,14 @@ pub(super) fn bisect(args: &BisectArgs) -> anyhow::Result<Ending> {
     let tokens = args.prompt.tokens(&engine)?;
     let plain = |choice: DeviceChoice| args.engine.load_with_host(choice, &[] as &[HostArg], false);
     let (found, reference) = match args.against.as_str() {
-        "cpu" | "gpu" => {
-            let choice = if args.against == "cpu" { DeviceChoice::Cpu } else { args.engine.gpu() };
+        against if matches!(against, "cpu" | "gpu") || against.starts_with("gpu:") => {
+            let choice = match against.strip_prefix("gpu:") {
+                _ if against == "cpu" => DeviceChoice::Cpu,
+                None => args.engine.gpu(),
+                Some(name) => {
+                    DeviceChoice::Gpu(gpu::Options { adapter: Some(name.to_owned()), ..gpu::Options::default() })
+                }
+            };
             let other = plain(choice)?;
             let mut session = other.session()?;
             let found = bisect_runs(|| engine.session(), Reference::Session(&mut session), &tokens)?;

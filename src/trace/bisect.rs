@@ -43,6 +43,14 @@ pub fn bisect(
     mut reference: Reference<'_>,
     tokens: &[TokenId],
 ) -> Result<Vec<StageError>> {
+    if let Reference::Trace(trace) = &reference
+        && let Some(theirs) = trace.tokens()
+        && let Some(at) = tokens.iter().zip(theirs).position(|(a, b)| a != b)
+    {
+        let reason =
+            format!("is of other tokens: at position {at} it has {}, and {} is to run", theirs[at], tokens[at]);
+        return Err(Error::file(trace.path().display().to_string(), reason));
+    }
     let mut free = new_session()?;
     let mut held = new_session()?;
     let mut cumulative: BTreeMap<String, Vec<u32>> = BTreeMap::new();

@@ -23,7 +23,7 @@ error of everything up to it. Against a trace, stages that the trace lacks count
 Exit codes:
   0    no stage is off by itself
   1    a stage is, or the run failed
-  2    cannot compare";
+  3    a trace or checkpoint cannot be read, or the trace is of other tokens";
 
 #[derive(clap::Args)]
 #[command(after_help = BISECT_EXAMPLES)]

@@ -406,11 +406,14 @@ impl Session {
         if len > shared || self.tokens[..len] != mark.tokens || model.can_cut(plan, shared, self.written) {
             return Ok(());
         }
+        // Should a write fail, the rings are a mixture: then nothing of the conversation is held any more.
+        let (mark, tokens) = (self.mark.take().expect("looked at above"), std::mem::take(&mut self.tokens));
         for (slice, bytes) in &mark.rings {
             self.engine.inner.device.write(*slice, bytes)?;
         }
         self.written = mark.written;
-        self.tokens.truncate(len);
+        self.tokens = tokens[..len].to_vec();
+        self.mark = Some(mark);
         Ok(())
     }
 
@@ -502,6 +505,7 @@ impl Session {
     pub(crate) fn begin(&mut self, tokens: &[TokenId]) -> Result<Program> {
         self.check(tokens)?;
         self.write_rows(tokens)?;
+        self.written = self.written.max(self.tokens.len() + tokens.len());
         Ok(edited(self.engine.inner.model.body(tokens.len() as u32, &self.state), &self.edit))
     }
 
@@ -514,7 +518,6 @@ impl Session {
     /// For the lab: the step over `tokens` has been run.
     pub(crate) fn end(&mut self, tokens: &[TokenId]) {
         self.tokens.extend_from_slice(tokens);
-        self.written = self.written.max(self.tokens.len());
     }
 
     /// Most rows of a step whose logits can be had at once.

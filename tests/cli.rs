@@ -350,6 +350,32 @@ fn the_lab_from_the_command_line() {
     trace(&stats, &["--stats"]);
     fails(&["trace", "--prompt", STORY, "--device", "cpu", "-o", &a], 2, &["--force"]);
     fails(&["trace", "--prompt", STORY, "--layers", "4-2", "-o", "x"], 2, &["4-2"]);
+    fails(
+        &["trace", "--prompt", STORY, "--device", "cpu", "--stage", "typo", "-o", &file("no")],
+        2,
+        &["nothing to write"],
+    );
+    fails(&["bisect", "--prompt", STORY, "--device", "cpu"], 2, &["both sides are the CPU twins"]);
+    fails(&["bisect", "--prompt", STORY, "--device", "cpu", "--against", &a, "--tolerance", "nan"], 2, &["tolerance"]);
+    // A trace of a few positions and stages judges those, and no more.
+    let partly = fourfold(&["bisect", "--prompt", STORY, "--device", "cpu", "--against", &few, "--all"]);
+    assert!(partly.status.success() && out(&partly).contains("layers.2.mlp.out"), "{}{}", out(&partly), err(&partly));
+    // Statistics are those of the values in the full trace.
+    let again = file("again.safetensors");
+    trace(&again, &["--stats"]);
+    let equal = fourfold(&["diff", &stats, &again]);
+    assert!(equal.status.success(), "{}{}", out(&equal), err(&equal));
+    let full = fourfold::trace::file::TraceFile::open(Path::new(&a)).unwrap();
+    let told = fourfold::trace::file::TraceFile::open(Path::new(&stats)).unwrap();
+    let fourfold::trace::file::Values::F32(values) = full.tensor("layers.1.mlp.out").unwrap().values else { panic!() };
+    let values = &values[..4 * 320]; // of the prompt: the full trace goes on
+    let step = &told.stats("layers.1.mlp.out").unwrap()[0].stats;
+    let sum: f32 = values.iter().sum();
+    let squares: f32 = values.iter().map(|v| v * v).sum();
+    let least = values.iter().copied().fold(f32::MAX, f32::min);
+    let largest = values.iter().copied().fold(f32::MIN, f32::max);
+    assert_eq!((step[0], step[3], step[4], step[5], step[6]), (1280.0, least, largest, 0.0, 0.0));
+    assert!((step[1] - sum).abs() < 1e-2 && (step[2] / squares - 1.0).abs() < 1e-4, "{step:?} {sum} {squares}");
     let same = fourfold(&["diff", &a, &b]);
     assert!(same.status.success() && out(&same).contains("99 stages"), "{}{}", out(&same), err(&same));
     let part = fourfold(&["diff", &a, &few]);

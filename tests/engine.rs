@@ -405,15 +405,21 @@ mod default_model {
         // the rings (window 128, chunk 8) have long lost what that needs.
         let engine = Engine::builder().device(DeviceChoice::Cpu).context(512).chunk(8).build().unwrap();
         let mut chat = Chat::new(engine.session().unwrap(), ChatOptions::default()).unwrap();
-        let long = ReplyOptions { sampling: Sampling::greedy(), max_tokens: Some(40), ..ReplyOptions::default() };
+        let long = ReplyOptions { stop_tokens: Some(vec![]), ..options(190, Sampling::greedy()) };
         let question = "Tell me a story about a lighthouse keeper who lost his lamp.";
-        let first = chat.ask(question, &long).unwrap().count();
+        chat.ask(question, &long).unwrap().for_each(drop);
         let mut session = chat.into_session();
-        assert!(session.tokens().len() > 24 + 17 && first > 20);
+        let said = session.tokens().to_vec();
+        assert!(said.len() > 26 + 128 + 2 * 8 + 1, "the rings must have turned: {} tokens", said.len());
+        let mut unmarked = engine.session().unwrap();
+        unmarked.feed(&said, Want::Nothing).unwrap();
+        unmarked.cut(26);
+        assert!(unmarked.tokens().is_empty(), "without a mark there is no way back");
         let again = engine.tokenizer().unwrap().encode_with_specials(&format!(
             "<|start|>user<|message|>{question}<|end|><|start|>assistant<|channel|>analysis<|message|>"
         ));
         let again = again.unwrap();
+        let long = options(20, Sampling::greedy());
         let mut reply = session.reply(&again, &long).unwrap();
         let got: Vec<Token> = reply.by_ref().map(Result::unwrap).collect();
         let stats = reply.stats();

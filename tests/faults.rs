@@ -16,7 +16,8 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
 
 /// Name, layer, and the stage of that layer which is wrong by itself. Even layers of `tiny` slide.
-const FAULTS: [(&str, usize, &str); 14] = [
+const FAULTS: [(&str, usize, &str); 15] = [
+    ("one code of one expert", 2, "mlp.down"),
     ("swapped nibbles", 1, "mlp.up"),
     ("E8M0 bias off by one", 2, "mlp.down"),
     ("block scales shifted by one block", 0, "mlp.up"),
@@ -82,6 +83,8 @@ impl Planter {
         let attention = self.launch(p, 1, 0, |op| matches!(op, Op::Attention(_)));
         match self.fault {
             "swapped nibbles" => self.change(p, up, "codes", |b| b.iter_mut().for_each(|b| *b = b.rotate_left(4))),
+            // 1.0 becomes 1.5, or so: one product of one output row of one expert.
+            "one code of one expert" => self.change(p, down, "codes", |b| b[2 * 128 * 64 + 40 * 64 + 19] ^= 1),
             "E8M0 bias off by one" => self.change(p, down, "scales", |b| b.iter_mut().for_each(|b| *b += 1)),
             "block scales shifted by one block" => self.change(p, up, "scales", |b| b.rotate_left(1)),
             "gate and up swapped" => {
@@ -258,8 +261,9 @@ fn bisect_names_every_planted_fault_against_the_twins() {
         if wrong(&found) != [want.as_str()] || first_to_look_wrong != Some(&want) {
             missed.push(format!("{fault}: {want}, but found {:?}, first {first_to_look_wrong:?}", wrong(&found)));
         }
+        // A single code moves the logits by less than what is called a difference, and is still found.
         let later = found.iter().rev().take(2).all(|s| s.cumulative > TOLERANCE);
-        assert!(later, "{fault} does not reach the logits: {:?}", found.last());
+        assert!(later || fault.starts_with("one code"), "{fault} does not reach the logits: {:?}", found.last());
     }
     assert!(missed.is_empty(), "{} of {} faults were not named:\n{}", missed.len(), FAULTS.len(), missed.join("\n"));
 }
@@ -286,7 +290,9 @@ fn bisect_names_every_planted_fault_against_a_trace_from_outside() {
 fn a_right_engine_keeps_neighbours_and_old_data_out() {
     for device in [under_test(), cpu()] {
         let engine = engine(&device);
-        let trials = probe(&engine, || engine.session(), &prompt()[..20], &prompt()[3..30]).unwrap();
+        // More tokens than the 48 positions of a sliding layer's ring.
+        let tokens: Vec<u32> = prompt().into_iter().chain(prompt()).take(58).collect();
+        let trials = probe(&engine, || engine.session(), &tokens, &prompt()[3..30]).unwrap();
         assert!(trials.len() >= 8 && trials.iter().all(|t| t.parting.is_none()), "{trials:?}");
     }
 }

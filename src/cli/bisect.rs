@@ -1,9 +1,11 @@
 //! `fourfold bisect` and `fourfold probe`: which stage is wrong by itself, and whether a neighbour reaches a position.
 
 use super::run::{EngineArgs, HostArg};
+use super::trace::note_fallback;
 use super::{Ending, Usage, terminal};
-use fourfold::device::gpu;
+use fourfold::device::{Device, gpu};
 use fourfold::trace::bisect::{Reference, StageError, TOLERANCE, bisect as bisect_runs};
+use fourfold::trace::compare::Tolerances;
 use fourfold::trace::file::TraceFile;
 use fourfold::trace::probe::probe as probe_runs;
 use fourfold::{DeviceChoice, Engine};
@@ -23,6 +25,7 @@ error of everything up to it. Against a trace, stages that the trace lacks count
 Exit codes:
   0    no stage is off by itself
   1    a stage is, or the run failed
+  2    bad usage, or nothing to compare
   3    a trace or checkpoint cannot be read, or the trace is of other tokens";
 
 #[derive(clap::Args)]
@@ -36,9 +39,9 @@ pub(super) struct BisectArgs {
     /// Keep only tensors of the trace whose names begin so, and call them what follows
     #[arg(long, value_name = "PREFIX", default_value = "")]
     prefix: String,
-    /// Local errors (relative L2) up to this are rounding
-    #[arg(long, value_name = "X", default_value_t = TOLERANCE)]
-    tolerance: f64,
+    /// Local errors up to this are rounding [default: 1e-4; 5e-2 against a trace of dtype bf16 or f16]
+    #[arg(long, value_name = "X", value_parser = tolerance)]
+    tolerance: Option<f64>,
     /// Every stage, not only what leads to the verdict
     #[arg(long)]
     all: bool,
@@ -70,8 +73,19 @@ impl PromptArgs {
     }
 }
 
+fn tolerance(text: &str) -> Result<f64, String> {
+    let number: f64 = text.parse().map_err(|_| format!("{text} is no number"))?;
+    if number.is_finite() && number >= 0.0 {
+        Ok(number)
+    } else {
+        Err(format!("{text} is no tolerance: give 0 or more"))
+    }
+}
+
 pub(super) fn bisect(args: &BisectArgs) -> anyhow::Result<Ending> {
     let engine = args.engine.load(args.engine.device()?, false)?;
+    note_fallback(&engine);
+    let mut tolerance = args.tolerance.unwrap_or(TOLERANCE);
     let tokens = args.prompt.tokens(&engine)?;
     let plain = |choice: DeviceChoice| args.engine.load_with_host(choice, &[] as &[HostArg], false);
     let (found, reference) = match args.against.as_str() {
@@ -84,19 +98,29 @@ pub(super) fn bisect(args: &BisectArgs) -> anyhow::Result<Ending> {
                 }
             };
             let other = plain(choice)?;
+            let twins = fourfold::device::cpu::Cpu::default().describe();
+            if [&engine, &other].iter().all(|e| e.device().describe() == twins) && args.engine.host_is_empty() {
+                let text =
+                    "both sides are the CPU twins, which cannot differ: name a GPU, or a trace with --against FILE";
+                return Err(Usage(text.into()).into());
+            }
             let mut session = other.session()?;
             let found = bisect_runs(|| engine.session(), Reference::Session(&mut session), &tokens)?;
             (found, other.device().describe())
         }
         file => {
             let trace = TraceFile::open_part(&PathBuf::from(file), &args.prefix)?;
+            let half = trace.metadata("dtype").is_some_and(|dtype| dtype.contains("16"));
+            if half && args.tolerance.is_none() {
+                tolerance = Tolerances::HALF;
+            }
             (bisect_runs(|| engine.session(), Reference::Trace(&trace), &tokens)?, file.to_owned())
         }
     };
     if found.is_empty() {
         return Err(Usage(format!("{reference} has no stage of these tokens: is it a trace of another prompt?")).into());
     }
-    let wrong: Vec<&StageError> = found.iter().filter(|s| s.local > args.tolerance).collect();
+    let wrong: Vec<&StageError> = found.iter().filter(|s| s.local > tolerance).collect();
     let mut out = io::stdout().lock();
     writeln!(out, "{} tokens on {}, held to {reference}", tokens.len(), engine.device().describe())?;
     match wrong.first() {
@@ -112,11 +136,11 @@ pub(super) fn bisect(args: &BisectArgs) -> anyhow::Result<Ending> {
         writeln!(out, "So are {} more: {}.", names.len(), names.join(", "))?;
     }
     writeln!(out, "\n  {:<28} {:>10} {:>10}", "stage", "local", "cumulative")?;
-    let first = found.iter().position(|s| s.local > args.tolerance).unwrap_or(found.len());
+    let first = found.iter().position(|s| s.local > tolerance).unwrap_or(found.len());
     for (i, s) in found.iter().enumerate() {
         let near = first < found.len() && i + 3 >= first && i <= first + 3;
-        if args.all || near || s.local > args.tolerance || (wrong.is_empty() && i + 1 == found.len()) {
-            let mark = if s.local > args.tolerance { "  <- wrong by itself" } else { "" };
+        if args.all || near || s.local > tolerance || (wrong.is_empty() && i + 1 == found.len()) {
+            let mark = if s.local > tolerance { "  <- wrong by itself" } else { "" };
             writeln!(out, "  {:<28} {:>10.1e} {:>10.1e}{mark}", s.name, s.local, s.cumulative)?;
         }
     }
@@ -150,10 +174,11 @@ pub(super) struct ProbeArgs {
 
 pub(super) fn probe(args: &ProbeArgs) -> anyhow::Result<Ending> {
     let engine = args.engine.load(args.engine.device()?, false)?;
+    note_fallback(&engine);
     let tokens = args.prompt.tokens(&engine)?;
     // Neighbours: the same number of other tokens, in another order.
     let vocab = engine.config().vocab_size as u32;
-    let others: Vec<u32> = tokens.iter().rev().map(|id| (id + 1) % vocab).collect();
+    let others: Vec<u32> = tokens.iter().rev().map(|id| (id % vocab + 1) % vocab).collect();
     let trials = probe_runs(&engine, || engine.session(), &tokens, &others)?;
     let mut out = io::stdout().lock();
     writeln!(out, "{} tokens on {}, every row of every stage hashed", tokens.len(), engine.device().describe())?;

@@ -474,6 +474,11 @@ impl EngineArgs {
         }
     }
 
+    /// Whether no stage is placed on the host.
+    pub(super) fn host_is_empty(&self) -> bool {
+        self.host.is_empty()
+    }
+
     /// The GPU that the options ask for.
     pub(super) fn gpu(&self) -> DeviceChoice {
         DeviceChoice::Gpu(gpu::Options {

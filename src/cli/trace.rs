@@ -5,6 +5,7 @@ use super::{Ending, Usage, terminal};
 use fourfold::trace::file::{IfThere, TraceWriter};
 use fourfold::trace::record::{Keep, record};
 use fourfold::{Engine, Sampling, sampler};
+use std::ops::RangeInclusive;
 use std::path::PathBuf;
 use std::time::Instant;
 
@@ -36,7 +37,7 @@ pub(super) struct Args {
     #[arg(long)]
     force: bool,
     /// Statistics and hashes of each stage and step instead of values
-    #[arg(long, conflicts_with = "positions")]
+    #[arg(long)]
     stats: bool,
     /// Only stages whose names match; `*` stands for anything; several times
     #[arg(long = "stage", value_name = "PATTERN")]
@@ -62,6 +63,7 @@ pub(super) fn trace(args: &Args) -> anyhow::Result<Ending> {
         positions: list("--positions", args.positions.as_deref())?,
     };
     let engine = args.engine.load(args.engine.device()?, false)?;
+    note_fallback(&engine);
     let tokens = match &args.prompt {
         Some(text) => engine.tokenizer()?.encode_with_specials(text)?,
         None => args.tokens.clone(),
@@ -80,6 +82,11 @@ pub(super) fn trace(args: &Args) -> anyhow::Result<Ending> {
         logits = record(&mut session, &[next], &keep, &mut writer)?;
     }
     let took = started.elapsed();
+    if writer.is_empty() {
+        return Err(
+            Usage("no stage, layer and position of this run was asked for: there is nothing to write".into()).into()
+        );
+    }
     writer.set("tokens", serde_json::to_string(&all)?);
     let if_there = if args.force { IfThere::Replace } else { IfThere::Fail };
     writer.write(&args.output, if_there)?;
@@ -99,7 +106,7 @@ pub(super) fn trace(args: &Args) -> anyhow::Result<Ending> {
 fn facts(args: &Args, engine: &Engine) -> anyhow::Result<Vec<(String, String)>> {
     let checkpoint = args.engine.checkpoint()?;
     let config = String::from_utf8_lossy(checkpoint.require("config.json")?).into_owned();
-    let flags: Vec<String> = std::env::args().skip(2).collect();
+    let flags: Vec<String> = std::env::args_os().skip(1).map(|arg| arg.to_string_lossy().into_owned()).collect();
     let facts = [
         ("engine", concat!("fourfold ", env!("CARGO_PKG_VERSION")).to_owned()),
         ("model", engine.name().to_owned()),
@@ -117,18 +124,25 @@ fn facts(args: &Args, engine: &Engine) -> anyhow::Result<Vec<(String, String)>> 
     Ok(facts)
 }
 
-/// `0,3-5` as numbers.
-fn list(flag: &str, text: Option<&str>) -> anyhow::Result<Vec<usize>> {
-    let mut numbers = Vec::new();
-    for part in text.unwrap_or_default().split(',').filter(|part| !part.is_empty()) {
+/// Say why `auto` took the CPU, if it did.
+pub(super) fn note_fallback(engine: &Engine) {
+    if let Some(why) = engine.fallback() {
+        terminal::note(why);
+    }
+}
+
+/// `0,3-5` as ranges.
+fn list(flag: &str, text: Option<&str>) -> anyhow::Result<Vec<RangeInclusive<usize>>> {
+    let Some(text) = text else { return Ok(Vec::new()) };
+    let range = |part: &str| {
         let (from, to) = part.split_once('-').unwrap_or((part, part));
         let number = |text: &str| text.trim().parse::<usize>();
         match (number(from), number(to)) {
-            (Ok(from), Ok(to)) if from <= to && to - from < 1 << 24 => numbers.extend(from..=to),
-            _ => return Err(Usage(format!("{flag} {part:?} is no number or range such as 3 or 3-5")).into()),
+            (Ok(from), Ok(to)) if from <= to => Ok(from..=to),
+            _ => Err(Usage(format!("{flag} {part:?} is no number or range such as 3 or 3-5")).into()),
         }
-    }
-    Ok(numbers)
+    };
+    text.split(',').map(range).collect()
 }
 
 #[cfg(test)]
@@ -136,8 +150,7 @@ mod tests {
     #[test]
     fn lists_are_numbers_and_ranges() {
         let list = |text| super::list("--layers", Some(text)).ok();
-        assert_eq!(list("0,3-5"), Some(vec![0, 3, 4, 5]));
-        assert_eq!(list(""), Some(vec![]));
-        assert!([list("x"), list("5-3"), list("1-"), list("-1"), list("0-99999999")].iter().all(Option::is_none));
+        assert_eq!(list("0,3-5"), Some(vec![0..=0, 3..=5]));
+        assert!([list("x"), list("5-3"), list("1-"), list("-1"), list(""), list("1,,2")].iter().all(Option::is_none));
     }
 }

@@ -4,7 +4,8 @@
 //! test runs in step with the reference, and after every stage gets the reference's own buffers: what is then off is the
 //! error of that stage alone (the **local** error).
 
-use super::file::{TraceFile, Values};
+use super::compare::{ELEMENT_FACTOR, measure};
+use super::file::{TraceFile, Values, stage_order};
 use crate::device::Device;
 use crate::engine::{Session, Want, Watch};
 use crate::error::{Error, Result};
@@ -25,7 +26,9 @@ pub enum Reference<'r> {
 pub struct StageError {
     /// The stage.
     pub name: String,
-    /// Error of this stage alone, on the reference's own inputs: relative L2; for indices, the share that differs.
+    /// Error of this stage alone, on the reference's own inputs. Of numbers: the relative L2 of the worst row, or a tenth
+    /// of the worst element's error against its row's root mean square, whichever is larger (a wrong weight moves one
+    /// element of thousands). Of indices: the share of rows that hold other ones.
     pub local: f64,
     /// Error of everything up to here.
     pub cumulative: f64,
@@ -40,7 +43,7 @@ pub const TOLERANCE: f64 = 1e-4;
 /// order of execution; the first whose local error passes the tolerance is the one that is wrong by itself.
 pub fn bisect(
     new_session: impl Fn() -> Result<Session>,
-    mut reference: Reference<'_>,
+    reference: Reference<'_>,
     tokens: &[TokenId],
 ) -> Result<Vec<StageError>> {
     if let Reference::Trace(trace) = &reference
@@ -53,6 +56,13 @@ pub fn bisect(
     }
     let mut free = new_session()?;
     let mut held = new_session()?;
+    let mut reference = match reference {
+        Reference::Session(session) => {
+            session.clear();
+            Side::Session(session)
+        }
+        Reference::Trace(trace) => Side::Trace(Outside { trace, head: BTreeMap::new() }),
+    };
     let mut cumulative: BTreeMap<String, Vec<u32>> = BTreeMap::new();
     let mut collect = |stage: &Stage, words: Vec<u32>| {
         cumulative.entry(stage.name.clone()).or_default().extend(words);
@@ -63,31 +73,42 @@ pub fn bisect(
     for piece in tokens.chunks(held.chunk()) {
         let first = held.tokens().len();
         let under_test = held.begin(piece)?;
-        let reference_program = match &mut reference {
-            Reference::Session(session) => Some(session.begin(piece)?),
-            Reference::Trace(_) => None,
-        };
+        let reference_program = reference.session(|session| session.begin(piece))?;
         lockstep(&held, &under_test, &mut reference, reference_program.as_ref(), first, &mut found)?;
         let rows: Vec<u32> = (0..piece.len() as u32).collect();
         let most = match &reference {
-            Reference::Session(session) => held.max_picks().min(session.max_picks()),
-            Reference::Trace(_) => held.max_picks(),
+            Side::Session(session) => held.max_picks().min(session.max_picks()),
+            Side::Trace(_) => held.max_picks(),
         };
         for picks in rows.chunks(most) {
             let under_test = held.begin_head(picks)?;
-            let reference_program = match &mut reference {
-                Reference::Session(session) => Some(session.begin_head(picks)?),
-                Reference::Trace(_) => None,
-            };
+            let reference_program = reference.session(|session| session.begin_head(picks))?;
             let first = first + picks[0] as usize;
             lockstep(&held, &under_test, &mut reference, reference_program.as_ref(), first, &mut found)?;
         }
         held.end(piece);
-        if let Reference::Session(session) = &mut reference {
+        reference.session(|session| {
             session.end(piece);
+            Ok(())
+        })?;
+    }
+    Ok(found.judge(&cumulative))
+}
+
+/// The reference while it runs.
+enum Side<'r> {
+    Session(&'r mut Session),
+    Trace(Outside<'r>),
+}
+
+impl Side<'_> {
+    /// Do something with the session, if it is one.
+    fn session<T>(&mut self, with: impl FnOnce(&mut Session) -> Result<T>) -> Result<Option<T>> {
+        match self {
+            Side::Session(session) => with(session).map(Some),
+            Side::Trace(_) => Ok(None),
         }
     }
-    found.judge(&cumulative)
 }
 
 /// What was found so far, by stage in order of execution.
@@ -101,62 +122,113 @@ struct Found {
 struct Rows {
     width: usize,
     indices: bool,
+    positions: Vec<usize>,
     local: Vec<u32>,
     reference: Vec<u32>,
 }
 
 impl Found {
-    fn add(&mut self, stage: &Stage, local: Vec<u32>, reference: Vec<u32>) {
+    /// Add one row of a stage.
+    fn add(&mut self, stage: &Stage, position: usize, local: &[u32], reference: &[u32]) {
         if !self.stages.contains_key(&stage.name) {
             self.order.push(stage.name.clone());
         }
         let rows = self.stages.entry(stage.name.clone()).or_default();
         (rows.width, rows.indices) = (stage.width, stage.indices);
+        rows.positions.push(position);
         rows.local.extend(local);
         rows.reference.extend(reference);
     }
 
-    fn judge(self, cumulative: &BTreeMap<String, Vec<u32>>) -> Result<Vec<StageError>> {
+    fn judge(self, cumulative: &BTreeMap<String, Vec<u32>>) -> Vec<StageError> {
         let judge = |name: &String| {
             let rows = &self.stages[name];
-            let seen = cumulative.get(name).filter(|seen| seen.len() == rows.reference.len());
-            let seen = seen.ok_or_else(|| Error::file(name.as_str(), "the reference has another number of rows"))?;
-            let (local, worst) = distance(&rows.local, &rows.reference, rows.indices);
-            let (cumulative, _) = distance(seen, &rows.reference, rows.indices);
-            let worst = (worst / rows.width, worst % rows.width);
-            Ok(StageError { name: name.clone(), local, cumulative, worst })
+            let row = |position: &usize| &cumulative[name][position * rows.width..][..rows.width];
+            let seen: Vec<u32> = rows.positions.iter().flat_map(row).copied().collect();
+            let (local, worst) = error(&rows.local, &rows.reference, rows);
+            let (cumulative, _) = error(&seen, &rows.reference, rows);
+            let worst = (rows.positions[worst / rows.width], worst % rows.width);
+            StageError { name: name.clone(), local, cumulative, worst }
         };
         self.order.iter().map(judge).collect()
     }
 }
 
-/// Relative L2 (for indices: share that differs) and the place of the largest difference. NaN on one side is infinitely
-/// far, on both sides no difference.
-fn distance(got: &[u32], want: &[u32], indices: bool) -> (f64, usize) {
-    if indices {
-        let wrong = got.iter().zip(want).filter(|(g, w)| g != w).count();
-        let first = got.iter().zip(want).position(|(g, w)| g != w).unwrap_or(0);
-        return (wrong as f64 / got.len().max(1) as f64, first);
+/// The error of `got`, and the index of its worst element.
+fn error(got: &[u32], want: &[u32], rows: &Rows) -> (f64, usize) {
+    if rows.indices {
+        // A row is a set: the order in it carries no value.
+        let sorted = |row: &[u32]| {
+            let mut row = row.to_vec();
+            row.sort_unstable();
+            row
+        };
+        let pairs = || got.chunks_exact(rows.width).zip(want.chunks_exact(rows.width));
+        let wrong = pairs().filter(|(g, w)| sorted(g) != sorted(w)).count();
+        let first = pairs().position(|(g, w)| sorted(g) != sorted(w)).unwrap_or(0);
+        return (wrong as f64 / rows.positions.len() as f64, first * rows.width);
     }
-    let (mut difference, mut norm, mut most, mut worst) = (0.0f64, 0.0f64, -1.0f64, 0);
-    for (i, (g, w)) in got.iter().zip(want).enumerate() {
-        let (g, w) = (f64::from(f32::from_bits(*g)), f64::from(f32::from_bits(*w)));
-        let apart = if g == w || (g.is_nan() && w.is_nan()) { 0.0 } else { (g - w).abs() };
-        let apart = if apart.is_nan() { f64::INFINITY } else { apart };
-        difference += apart * apart;
-        norm += if w.is_finite() { w * w } else { 0.0 };
-        if apart > most {
-            (most, worst) = (apart, i);
+    let floats = |words: &[u32]| words.iter().map(|w| f32::from_bits(*w)).collect::<Vec<_>>();
+    let measured = measure(&floats(got), &floats(want), rows.width);
+    let (row, element) = (measured.distance.worst_row, measured.distance.worst_element / ELEMENT_FACTOR);
+    // NaN is no small error.
+    let error = if row.is_nan() || element.is_nan() { f64::INFINITY } else { row.max(element) };
+    (error, measured.worst)
+}
+
+/// A trace, with the stages of the head kept: they come in many pieces of few rows.
+struct Outside<'t> {
+    trace: &'t TraceFile,
+    head: BTreeMap<String, Option<Known>>,
+}
+
+/// Rows of a stage that a trace has.
+#[derive(Clone)]
+struct Known {
+    by_position: BTreeMap<usize, usize>,
+    words: Vec<u32>,
+}
+
+impl Outside<'_> {
+    /// What the trace has of a stage; `None`: nothing.
+    fn stage(&mut self, stage: &Stage) -> Result<Option<Known>> {
+        let is_head = stage_order(&stage.name).0 == 2;
+        if let Some(known) = self.head.get(&stage.name) {
+            return Ok(known.clone());
         }
+        let known = self.read(stage)?;
+        if is_head {
+            self.head.insert(stage.name.clone(), known.clone());
+        }
+        Ok(known)
     }
-    (if difference == 0.0 { 0.0 } else { (difference / norm).sqrt() }, worst)
+
+    fn read(&self, stage: &Stage) -> Result<Option<Known>> {
+        if !self.trace.has_values(&stage.name) {
+            return Ok(None);
+        }
+        let have = self.trace.tensor(&stage.name)?;
+        let fault = |reason| Error::tensor(self.trace.path().display().to_string(), &stage.name, reason);
+        if have.width != stage.width {
+            return Err(fault(format!("has rows of {}, but this model's have {}", have.width, stage.width)));
+        }
+        let words: Vec<u32> = match &have.values {
+            Values::F32(values) if !stage.indices => values.iter().map(|v| v.to_bits()).collect(),
+            Values::I32(values) if stage.indices => values.iter().map(|v| *v as u32).collect(),
+            Values::F32(_) => return Err(fault("holds numbers, but should hold expert indices (I32)".to_owned())),
+            Values::I32(_) => return Err(fault("holds whole numbers, but should hold F32".to_owned())),
+        };
+        let (positions, _) = self.trace.positions(&stage.name, have.rows)?;
+        let by_position = positions.into_iter().enumerate().map(|(row, position)| (position, row)).collect();
+        Ok(Some(Known { by_position, words }))
+    }
 }
 
 /// Run two programs stage by stage, the one under test always from the reference's buffers.
 fn lockstep(
     held: &Session,
     under_test: &Program,
-    reference: &mut Reference<'_>,
+    reference: &mut Side<'_>,
     reference_program: Option<&Program>,
     first: usize,
     found: &mut Found,
@@ -173,13 +245,16 @@ fn lockstep(
         }
         device.run(&part)?;
         match (&mut *reference, &reference_parts) {
-            (Reference::Session(session), Some(parts)) => {
+            (Side::Session(session), Some(parts)) => {
                 let (reference_part, reference_stage) = &parts[i];
                 session.device().run(reference_part)?;
                 if let (Some(stage), Some(other)) = (stage, reference_stage) {
                     assert_eq!(stage.name, other.name, "both executions have the same stages");
                     let (local, want) = (read(device, stage.slice)?, read(session.device(), other.slice)?);
-                    found.add(stage, local, want);
+                    let rows = local.chunks_exact(stage.width).zip(want.chunks_exact(stage.width));
+                    for (row, (local, want)) in rows.enumerate() {
+                        found.add(stage, first + row, local, want);
+                    }
                 }
                 // What either part wrote becomes what the reference wrote.
                 let written = |part: &Program, slices: &[Slice]| -> BTreeSet<usize> {
@@ -192,14 +267,20 @@ fn lockstep(
                     corrections.push((ours[*at], read(session.device(), theirs[*at])?));
                 }
             }
-            (Reference::Trace(trace), _) => {
+            (Side::Trace(outside), _) => {
                 let Some(stage) = stage else { continue };
-                let rows = (stage.slice.bytes / 4) as usize / stage.width;
-                let Some(want) = rows_of(trace, stage, first, rows)? else { continue };
-                found.add(stage, read(device, stage.slice)?, want.clone());
-                corrections.push((stage.slice, want));
+                let Some(known) = outside.stage(stage)? else { continue };
+                let local = read(device, stage.slice)?;
+                let row_bytes = stage.width as u64 * 4;
+                for (row, local) in local.chunks_exact(stage.width).enumerate() {
+                    let Some(theirs) = known.by_position.get(&(first + row)) else { continue };
+                    let want = &known.words[theirs * stage.width..][..stage.width];
+                    found.add(stage, first + row, local, want);
+                    let offset = stage.slice.offset + row as u64 * row_bytes;
+                    corrections.push((Slice { offset, bytes: row_bytes, ..stage.slice }, want.to_vec()));
+                }
             }
-            (Reference::Session(_), None) => unreachable!("a session has a program"),
+            (Side::Session(_), None) => unreachable!("a session has a program"),
         }
     }
     for (slice, words) in corrections {
@@ -212,28 +293,4 @@ fn read(device: &dyn Device, slice: Slice) -> Result<Vec<u32>> {
     let mut words = vec![0u32; (slice.bytes / 4) as usize];
     device.read(slice, bytemuck::cast_slice_mut(&mut words))?;
     Ok(words)
-}
-
-/// Rows `first..first + rows` of a stage, if the trace has all of them.
-fn rows_of(trace: &TraceFile, stage: &Stage, first: usize, rows: usize) -> Result<Option<Vec<u32>>> {
-    if !trace.has_values(&stage.name) {
-        return Ok(None);
-    }
-    let have = trace.tensor(&stage.name)?;
-    if have.width != stage.width {
-        let file = trace.path().display().to_string();
-        let reason = format!("has rows of {}, but this model's have {}", have.width, stage.width);
-        return Err(Error::tensor(file, &stage.name, reason));
-    }
-    let (positions, _) = trace.positions(&stage.name, have.rows)?;
-    let words: Vec<u32> = match &have.values {
-        Values::F32(values) => values.iter().map(|v| v.to_bits()).collect(),
-        Values::I32(values) => values.iter().map(|v| *v as u32).collect(),
-    };
-    let mut wanted = Vec::new();
-    for position in first..first + rows {
-        let Some(row) = positions.iter().position(|p| *p == position) else { return Ok(None) };
-        wanted.extend_from_slice(&words[row * stage.width..][..stage.width]);
-    }
-    Ok(Some(wanted))
 }

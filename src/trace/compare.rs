@@ -13,6 +13,7 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use serde::Serialize;
 
+pub(super) use self::numbers::measure;
 pub use self::numbers::{BUCKETS, Column, Distance, Histogram, ulps};
 pub use self::place::{LISTED, Place, Spread};
 

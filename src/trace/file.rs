@@ -235,6 +235,9 @@ impl TraceFile {
         if self.metadata("format") == Some(FORMAT) && shape.len() != 2 {
             return Err(self.fault(tensor, format!("has shape {shape:?}; stages are [rows, width]")));
         }
+        if shape.contains(&0) {
+            return Err(self.fault(tensor, format!("is empty: {shape:?}")));
+        }
         // A batch of one.
         while shape.len() > 2 && shape[0] == 1 {
             shape = &shape[1..];
@@ -244,9 +247,6 @@ impl TraceFile {
             [width] => [1, *width],
             [rows, width @ ..] => [*rows, width.iter().product()],
         };
-        if rows == 0 || width == 0 {
-            return Err(self.fault(tensor, format!("is empty: {shape:?}")));
-        }
         Ok([rows, width])
     }
 
@@ -495,6 +495,11 @@ impl TraceWriter {
     pub fn push_stats(&mut self, name: &str, step: &StepStats) {
         self.append(&format!("{name}#stats"), Dtype::F32, Some(8), step.stats.iter().flat_map(|v| v.to_le_bytes()));
         self.append(&format!("{name}#hash"), Dtype::I64, None, step.hash.to_le_bytes());
+    }
+
+    /// Whether no stage has been pushed.
+    pub fn is_empty(&self) -> bool {
+        self.tensors.keys().all(|name| is_beside(name) && !name.ends_with("#stats"))
     }
 
     /// Says which tokens the next rows of all stages belong to.

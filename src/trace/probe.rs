@@ -29,6 +29,18 @@ pub struct Trial {
     pub parting: Option<Parting>,
 }
 
+/// Tells a neighbour to end.
+#[derive(Default)]
+struct Stop(AtomicBool);
+
+struct StopOnDrop<'s>(&'s Stop);
+
+impl Drop for StopOnDrop<'_> {
+    fn drop(&mut self) {
+        self.0.0.store(true, Ordering::Relaxed);
+    }
+}
+
 /// Hashes of a run: by stage, one for each position.
 type Hashes = BTreeMap<String, Vec<u64>>;
 
@@ -63,18 +75,24 @@ pub fn probe(
         neighbour.feed(others, Want::Last).map(drop)
     })?;
     add("between steps of another session", &beside);
-    let stop = AtomicBool::new(false);
+    let mut session = new_session()?;
+    let stop = Stop::default();
     let busy = std::thread::scope(|scope| {
-        let other = scope.spawn(|| {
+        let (started, has_started) = std::sync::mpsc::channel();
+        let stop = &stop;
+        let other = scope.spawn(move || {
             let mut neighbour = engine.session()?;
-            while !stop.load(Ordering::Relaxed) {
+            while !stop.0.load(Ordering::Relaxed) {
                 neighbour.clear();
                 neighbour.feed(others, Want::Last)?;
+                let _ = started.send(());
             }
             Ok(())
         });
-        let hashes = new_session().and_then(|mut session| run(&mut session, tokens, whole, || Ok(())));
-        stop.store(true, Ordering::Relaxed);
+        let stopping = StopOnDrop(stop); // also if what follows panics
+        let _ = has_started.recv(); // an error only if the neighbour failed, which `join` tells
+        let hashes = run(&mut session, tokens, whole, || Ok(()));
+        drop(stopping);
         other.join().expect("the neighbour does not panic").and(hashes)
     })?;
     add("while another thread computes", &busy);
@@ -108,7 +126,8 @@ fn hash(row: &[u32]) -> u64 {
 /// Fill every buffer of a session with NaN.
 fn poison(session: &Session) -> Result<()> {
     for slice in session.state_slices() {
-        let words = vec![f32::NAN.to_bits(); (slice.bytes / 4) as usize];
+        // NaN as an f32, and as two bf16.
+        let words = vec![0x7fc0_7fc0u32; (slice.bytes / 4) as usize];
         session.device().write(slice, bytemuck::cast_slice(&words))?;
     }
     Ok(())

@@ -8,6 +8,10 @@ use crate::ops::STATS_WORDS;
 use crate::program::{HostStages, Program, Slice, Stage};
 use crate::tokenizer::TokenId;
 use std::collections::BTreeMap;
+use std::ops::RangeInclusive;
+
+/// The stages of the head, which is computed for the rows whose logits are wanted.
+const HEAD: [&str; 2] = ["final_norm", "logits"];
 
 /// What to keep of a run.
 #[derive(Clone, Debug, Default)]
@@ -17,15 +21,20 @@ pub struct Keep {
     /// Stages whose names match one of these patterns (`*` stands for anything); all if empty.
     pub stages: Vec<String>,
     /// Stages of these layers, and those outside any layer; all if empty.
-    pub layers: Vec<usize>,
-    /// Rows of these positions; all if empty. Statistics are of whole steps, so this is for values.
-    pub positions: Vec<usize>,
+    pub layers: Vec<RangeInclusive<usize>>,
+    /// Rows of these positions; all if empty.
+    pub positions: Vec<RangeInclusive<usize>>,
+}
+
+/// Whether a list of ranges has a number; an empty list has all.
+fn has(ranges: &[RangeInclusive<usize>], number: usize) -> bool {
+    ranges.is_empty() || ranges.iter().any(|range| range.contains(&number))
 }
 
 impl Keep {
     /// Whether a stage is kept.
     pub fn stage(&self, name: &str) -> bool {
-        let layer = split_layer(name).is_none_or(|(layer, _)| self.layers.is_empty() || self.layers.contains(&layer));
+        let layer = split_layer(name).is_none_or(|(layer, _)| has(&self.layers, layer));
         layer && (self.stages.is_empty() || self.stages.iter().any(|pattern| matches(pattern, name)))
     }
 }
@@ -40,24 +49,31 @@ pub fn record(session: &mut Session, tokens: &[TokenId], keep: &Keep, into: &mut
     for (i, piece) in tokens.chunks(chunk).enumerate() {
         let first = session.tokens().len();
         let want = match (keep.stats, i + 1 == count) {
-            (false, _) => Want::All,
-            (true, true) => Want::Last,
-            (true, false) => Want::Nothing,
+            (false, _) if HEAD.iter().any(|name| keep.stage(name)) => Want::All,
+            (_, true) => Want::Last,
+            (_, false) => Want::Nothing,
         };
         // A stage of the head comes in several runs of few rows each.
         let mut seen: BTreeMap<String, usize> = BTreeMap::new();
         let mut see = |stage: &Stage, words: Vec<u32>| {
+            let width = if keep.stats { STATS_WORDS } else { stage.width };
+            let rows = words.len() / width;
+            let done = seen.entry(stage.name.clone()).or_default();
+            // The head of a step with statistics has the last row only.
+            let start = if keep.stats && rows < piece.len() { first + piece.len() - rows } else { first + *done };
+            let positions = start..start + rows;
+            *done += rows;
             if keep.stats {
-                into.push_stats(&stage.name, &step_stats(&words, stage.width));
+                let rows = words.chunks_exact(width).zip(positions).filter(|(_, p)| has(&keep.positions, *p));
+                let kept: Vec<&[u32]> = rows.map(|(row, _)| row).collect();
+                if !kept.is_empty() {
+                    into.push_stats(&stage.name, &step_stats(&kept, stage.width));
+                }
                 return Ok(());
             }
-            let rows = words.len() / stage.width;
-            let done = seen.entry(stage.name.clone()).or_default();
-            let positions: Vec<i32> = (0..rows).map(|row| (first + *done + row) as i32).collect();
-            *done += rows;
             let element = if stage.indices { Element::I32 } else { Element::F32 };
             for (row, position) in words.chunks_exact(stage.width).zip(positions) {
-                if keep.positions.is_empty() || keep.positions.contains(&(position as usize)) {
+                if has(&keep.positions, position) {
                     into.push(&stage.name, 1, stage.width, element, row);
                 }
             }
@@ -67,8 +83,7 @@ pub fn record(session: &mut Session, tokens: &[TokenId], keep: &Keep, into: &mut
         logits = session.feed_watching(piece, want, &mut Watch { keep: &stage, stats: keep.stats, see: &mut see })?;
         if !keep.stats {
             let all = first..first + piece.len();
-            let kept: Vec<i32> =
-                all.filter(|p| keep.positions.is_empty() || keep.positions.contains(p)).map(|p| p as i32).collect();
+            let kept: Vec<i32> = all.filter(|p| has(&keep.positions, *p)).map(|p| p as i32).collect();
             into.push_positions(&kept);
         }
     }
@@ -77,11 +92,11 @@ pub fn record(session: &mut Session, tokens: &[TokenId], keep: &Keep, into: &mut
 }
 
 /// The statistics of a whole step from those of its rows.
-fn step_stats(rows: &[u32], width: usize) -> StepStats {
+fn step_stats(rows: &[&[u32]], width: usize) -> StepStats {
     let mut stats = [0.0, 0.0, 0.0, f32::MAX, f32::MIN, 0.0, 0.0, 0.0];
     let (mut sum, mut squares) = (0.0f64, 0.0f64);
     let mut hash = [0u32; 2];
-    for row in rows.chunks_exact(STATS_WORDS) {
+    for row in rows {
         let number = |i: usize| f32::from_bits(row[i]);
         sum += f64::from(number(0));
         squares += f64::from(number(1));
@@ -91,7 +106,7 @@ fn step_stats(rows: &[u32], width: usize) -> StepStats {
         stats[6] += row[5] as f32;
         hash = [hash[0].wrapping_add(row[6]), hash[1].wrapping_add(row[7])];
     }
-    let count = rows.len() / STATS_WORDS * width;
+    let count = rows.len() * width;
     (stats[0], stats[1], stats[2]) = (count as f32, sum as f32, squares as f32);
     // The reader's order: count, sum, sum of squares, min, max, NaN count, infinity count, 0.
     StepStats { stats, hash: (i64::from(hash[1]) << 32) | i64::from(hash[0]) }

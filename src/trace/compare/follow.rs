@@ -44,7 +44,7 @@ pub(super) fn input_of(stage: &str) -> Option<String> {
 /// What the differences of one output follow: a column of the inputs, or none and all alike.
 pub(super) fn follow(tokens: &[(f64, &[f32])]) -> Option<String> {
     let width = tokens.first()?.1.len();
-    if tokens.len() < TOKENS || tokens.iter().any(|(d, x)| !d.is_finite() || x.len() != width) {
+    if width == 0 || tokens.len() < TOKENS || tokens.iter().any(|(d, x)| !d.is_finite() || x.len() != width) {
         return None;
     }
     let norm = tokens.iter().map(|(d, _)| d * d).sum::<f64>();

@@ -60,12 +60,12 @@ pub struct Histogram {
 }
 
 /// What [`measure`] finds.
-pub(super) struct Measured {
-    pub(super) distance: Distance,
+pub(crate) struct Measured {
+    pub(crate) distance: Distance,
     /// Relative L2 of each row.
-    pub(super) rows: Vec<f64>,
+    pub(crate) rows: Vec<f64>,
     /// Index of the worst element: the first that is not finite, else the largest |a - b|.
-    pub(super) worst: usize,
+    pub(crate) worst: usize,
 }
 
 /// f32 steps from one number to the other; the largest count where one is NaN.
@@ -103,7 +103,7 @@ fn scale(b: f32, rms: f64) -> f64 {
 }
 
 /// Hold two stages of equal shape against each other, `width` elements a row.
-pub(super) fn measure(a: &[f32], b: &[f32], width: usize) -> Measured {
+pub(crate) fn measure(a: &[f32], b: &[f32], width: usize) -> Measured {
     assert!(a.len() == b.len() && width > 0, "rows were aligned before");
     let mut far = Distance {
         max_abs: 0.0,

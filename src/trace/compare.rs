@@ -379,7 +379,10 @@ impl Pair<'_> {
     /// Rows by position. None: the traces do not say which positions, and have not equally many.
     fn align(&self, name: &str, rows_a: usize, rows_b: usize) -> Result<Option<Rows>> {
         let ((a, a_says), (b, b_says)) = (self.a.positions(name, rows_a)?, self.b.positions(name, rows_b)?);
-        if rows_a != rows_b && !a_says && !b_says {
+        // Fewer rows of the head may be the first ones or the last: who has them must say.
+        let fewer_says = if rows_a < rows_b { a_says } else { b_says };
+        let known = if stage_order(name).0 == 2 { fewer_says } else { a_says || b_says };
+        if rows_a != rows_b && !known {
             return Ok(None);
         }
         let in_b: BTreeMap<usize, usize> = b.iter().enumerate().map(|(row, position)| (*position, row)).collect();
@@ -586,6 +589,9 @@ impl Pair<'_> {
         let (a, b) = (self.a.stats(&report.name)?, self.b.stats(&report.name)?);
         if a.len() != b.len() {
             let reason = format!("A has {}, B {}: record both in the same chunks", count(a.len(), "step"), b.len());
+            return Ok(incomparable(report, reason));
+        }
+        if let Some(reason) = self.other_tokens(usize::MAX) {
             return Ok(incomparable(report, reason));
         }
         let other = a.iter().zip(&b).filter(|(a, b)| a.hash != b.hash).count();

@@ -339,6 +339,30 @@ fn too_large_a_buffer_is_an_error_before_it_is_made() {
     assert!(error.contains("KV cache") && error.contains("65536"), "{error}");
 }
 
+#[test]
+fn running_out_of_device_memory_is_an_error() {
+    // Takes all memory of the GPU for a moment, so only where that was asked for, and never the host's (software).
+    let Some(device) = gpu() else { return };
+    if std::env::var_os("FOURFOLD_TEST_MEMORY").is_none() {
+        return eprintln!("SKIPPED: set FOURFOLD_TEST_MEMORY=1 to fill the GPU's memory");
+    }
+    assert!(!device.describe().contains("llvmpipe"), "a software adapter would take the host's memory");
+    let mut held = Vec::new();
+    let error = loop {
+        assert!(held.len() < 4096, "{} GiB and no end", held.len());
+        match fourfold::device::Buffer::new(&device, "ballast", 1 << 30) {
+            Ok(buffer) => held.push(buffer),
+            Err(e) => break e,
+        }
+    };
+    println!("after {} GiB: {error}", held.len());
+    assert!(matches!(error, Error::OutOfMemory { .. }), "{error}");
+    drop(held);
+    // The device is still good, and so are its engines.
+    let engine = engine("tiny", own(&device), 60, 8);
+    engine.session().unwrap().feed(&prompt(1, 20), Want::Last).unwrap();
+}
+
 #[cfg(feature = "default-model")]
 mod default_model {
     use super::*;

@@ -1,7 +1,7 @@
 //! Sessions as an application uses them: reuse, cutting back, cancelling, errors, several engines on one device.
 
 use crate::harness::{Named, cpu, gpu, gpus};
-use crate::models::fixture;
+use crate::models::{copy_to_write, fixture};
 use fourfold::device::gpu::Options;
 use fourfold::{Chat, DeviceChoice, Engine, Error, Finish, Gpu, ReplyOptions, Sampling, Session, Token, Want, wgpu};
 use std::sync::Arc;
@@ -135,11 +135,7 @@ fn a_step_that_fails_leaves_no_wrong_keys() {
 fn nan_in_the_activations_is_an_error_and_never_text() {
     // A NaN row of the embedding table reaches the logits through every stage, on the twins and on the GPU.
     let dir = std::path::Path::new(env!("CARGO_TARGET_TMPDIR")).join("nan-embedding");
-    std::fs::create_dir_all(&dir).unwrap();
-    for entry in std::fs::read_dir(fixture("tiny")).unwrap() {
-        let entry = entry.unwrap();
-        std::fs::copy(entry.path(), dir.join(entry.file_name())).unwrap();
-    }
+    copy_to_write("tiny", &dir);
     let shard = dir.join("model-00001-of-00001.safetensors");
     let mut bytes = std::fs::read(&shard).unwrap();
     let at = {

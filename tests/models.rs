@@ -6,11 +6,20 @@ use fourfold::device::Device;
 use fourfold::{CacheFormat, DeviceChoice, Engine, HostStages, ReplyOptions, Sampling, Session, Want};
 use safetensors::SafeTensors;
 use std::collections::HashMap;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 pub fn fixture(name: &str) -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/gpt_oss").join(name)
+}
+
+/// A copy of a fixture whose files may be written in place: no links, unlike the mutator's.
+pub fn copy_to_write(name: &str, dir: &Path) {
+    std::fs::create_dir_all(dir).unwrap();
+    for entry in std::fs::read_dir(fixture(name)).unwrap() {
+        let entry = entry.unwrap();
+        std::fs::copy(entry.path(), dir.join(entry.file_name())).unwrap();
+    }
 }
 
 /// A fixture's goldens.
@@ -199,11 +208,7 @@ fn the_logits_of_each_greedy_token_are_golden() {
 fn a_wrong_weight_is_noticed() {
     // The comparison can fail: a checkpoint with one flipped bit in one code of the experts' weights is not golden.
     let dir = std::env::temp_dir().join(format!("fourfold-flipped-{}", std::process::id()));
-    std::fs::create_dir_all(&dir).unwrap();
-    for entry in std::fs::read_dir(fixture("tiny")).unwrap() {
-        let entry = entry.unwrap();
-        std::fs::copy(entry.path(), dir.join(entry.file_name())).unwrap();
-    }
+    copy_to_write("tiny", &dir);
     let shard = dir.join("model-00001-of-00001.safetensors");
     let mut bytes = std::fs::read(&shard).unwrap();
     let range = {

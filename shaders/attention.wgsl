@@ -1,4 +1,4 @@
-// attention: each query head over the visible keys of its sequence, with a learned sink.
+// attention: each query head over the visible keys of its sequence, with or without a learned sink.
 //
 //   s_j      = q . k_j / sqrt(DH)          j <= position, and position - j < WINDOW
 //   a[t,h]   = sum_j e^(s_j - m) v_j / (e^(sink_h - m) + sum_j e^(s_j - m)),    m = max(sink_h, max_j s_j)
@@ -8,10 +8,10 @@
 //           qkv     f32   [T, (H + 2 HK) DH]       rotated queries first
 //           keys    slot  [S, CAPACITY, HK DH]     row `position mod CAPACITY`
 //           values  slot  [S, CAPACITY, HK DH]
-//           sinks   bf16  [H]
+//           sinks   slot  [H]
 // out       a       f32   [T, H DH]
 // override  H, HK, DH, CAPACITY, WINDOW            WINDOW 0: every earlier key is visible
-// slots     cache
+// slots     cache, sink
 // requires  DH a multiple of 4 and at most 256; H a multiple of HK
 // twin      src/ops/attention.rs
 //
@@ -19,8 +19,8 @@
 // alone. Each lane scores one key of the tile, then owns up to four of the DH outputs.
 #import row
 #import cache
+#import sink
 #import exp
-#import bf16
 override H: u32;
 override HK: u32;
 override DH: u32;
@@ -30,7 +30,6 @@ const WG = 64u;
 const OWN = 4u;
 @group(0) @binding(0) var<storage, read> rows: array<Row>;
 @group(0) @binding(1) var<storage, read> qkv: array<vec4<f32>>;
-@group(0) @binding(4) var<storage, read> sinks: array<u32>;
 @group(0) @binding(5) var<storage, read_write> a: array<f32>;
 
 var<workgroup> scores: array<f32, WG>;
@@ -48,9 +47,8 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     if WINDOW > 0u && end > WINDOW {
         start = end - WINDOW;
     }
-    // The sink opens the online softmax: weight e^(sink - m) = 1, no value.
-    var m = bf16_pick(sinks[h / 2u], h);
-    var total = 1.0;
+    var m = opening(h).x;
+    var total = opening(h).y;
     var sums: array<f32, OWN>;
     for (var tile = start; tile < end; tile += WG) {
         let j = tile + lane;

@@ -1,14 +1,14 @@
 // linear: multiply each row by a weight matrix and add a bias.
 //
-//   y[t, FIRST+n] = bias[FIRST+n] + sum_k w[n,k] x[t,k]
+//   y[t, FIRST+n] = bias[FIRST+n] + scale_n scale_t sum_k w[n,k] x[t,k]
 //
 // grid      ceil(COUNT / 8) x ceil(T / TOKENS) workgroups: eight lanes a weight row, TOKENS tokens at once
-// in        x     f32   [T, K]
-//           w     slot  [COUNT, K]      rows FIRST.. of the whole matrix
+// in        x     slot  [T, K]          with a scale a row where it is quantised
+//           w     slot  [COUNT, K]      rows FIRST.. of the whole matrix, with a scale a row where the format has it
 //           bias  slot  [N]
 // out       y     f32   [T, N]          columns of other parts are left alone
 // override  K, N, FIRST, COUNT
-// slots     weights, bias, tile, reduce
+// slots     weights, input, bias, tile, reduce
 // requires  K a multiple of 8
 // twin      src/ops/linear.rs
 //
@@ -16,6 +16,7 @@
 // not depend on its neighbours.
 #import step
 #import weights
+#import input
 #import bias
 #import tile
 #import dot8
@@ -24,7 +25,6 @@ override K: u32;
 override N: u32;
 override FIRST: u32;
 override COUNT: u32;
-@group(0) @binding(4) var<storage, read> x: array<vec4<f32>>;
 @group(0) @binding(5) var<storage, read_write> y: array<f32>;
 
 @compute @workgroup_size(64)
@@ -34,17 +34,16 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     let t0 = group.y * TOKENS;
     var sums: array<f32, TOKENS>;
     for (var i = lane % 8u; i < K / 8u; i += 8u) {
-        let w = weight8(row, K / 8u, i);
+        let w = weight_at(row, K / 8u, i);
         for (var j = 0u; j < TOKENS; j++) {
-            let at = min(t0 + j, step.tokens - 1u) * (K / 4u) + i * 2u;
-            sums[j] = dot8(w, x[at], x[at + 1u], sums[j]);
+            sums[j] = dot8(w, input_at(min(t0 + j, step.tokens - 1u), K / 8u, i), sums[j]);
         }
     }
     for (var j = 0u; j < TOKENS; j++) {
         let sum = reduce8(sums[j], lane);
         let t = t0 + j;
         if lane % 8u == 0u && n < COUNT && t < step.tokens {
-            y[t * N + FIRST + n] = sum + bias_at(FIRST + n);
+            y[t * N + FIRST + n] = fma(sum, row_scale(row) * input_scale(t), bias_at(FIRST + n));
         }
     }
 }

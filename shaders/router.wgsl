@@ -1,18 +1,19 @@
 // router: the A experts with the largest scores, and their weights.
 //
 //   experts[t,:] = the A largest of scores[t,:], largest first, the lower index first among equals
-//   weights[t,a] = softmax over those A scores
+//   weights[t,a] = softmax over those A scores, or over all E where ALL is 1
 //
 // grid      T workgroups
 // in        scores   f32  [T, E]
 // out       experts  u32  [T, A]
 //           weights  f32  [T, A]
-// override  E, A
+// override  E, A, ALL
 // requires  A <= 16, A <= E
 // twin      src/ops/router.rs
 #import exp
 override E: u32;
 override A: u32;
+override ALL: u32;
 const WG = 64u;
 const MAX_A = 16u;
 @group(0) @binding(0) var<storage, read> scores: array<f32>;
@@ -48,6 +49,12 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         var total = 0.0;
         for (var a = 0u; a < A; a++) {
             total += exp_f32(scores[row + chosen[a]] - top);
+        }
+        if ALL == 1u {
+            total = 0.0;
+            for (var e = 0u; e < E; e++) {
+                total += exp_f32(scores[row + e] - top);
+            }
         }
         experts[group.x * A + lane] = chosen[lane];
         weights[group.x * A + lane] = exp_f32(scores[row + chosen[lane]] - top) / total;

@@ -17,7 +17,9 @@ use self::steps::*;
 use crate::device::{Buffer, Device};
 use crate::error::{Error, Result};
 use crate::format::{Format, e4m3, nvfp4};
-use crate::ops::{Attention, CacheFormat, Experts, KvCache, MoeScatter, RmsNorm, Router, Routes, Row, Step, Weight};
+use crate::ops::{
+    Attention, CacheFormat, Experts, KvCache, MoeScatter, RmsNorm, Router, Routes, Row, Step, Weight, WeightBytes,
+};
 use crate::program::{HostStages, Program, Slice};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -278,9 +280,10 @@ impl Trial<'_> {
         let scales: Vec<u8> = blocks.map(|(row, block)| scale(row, block)).collect();
         let label = "oracle mxfp4";
         let [e, n, k] = [e, n, k].map(|n| n as u32);
+        let bytes = WeightBytes { codes: &[&codes], scales: &[&scales], row_scales: &[] };
         match e {
-            1 => Weight::matrix(self.device, label, Format::Mxfp4, [n, k], &[&codes], &[&scales]),
-            _ => Weight::experts(self.device, label, Format::Mxfp4, [e, n, k], &codes, &scales),
+            1 => Weight::matrix(self.device, label, Format::Mxfp4, [n, k], &bytes),
+            _ => Weight::experts(self.device, label, Format::Mxfp4, [e, n, k], &bytes),
         }
     }
 
@@ -290,7 +293,13 @@ impl Trial<'_> {
     }
 
     fn bf16_bytes(&self, [n, k]: [usize; 2], bytes: &[u8]) -> Result<Weight> {
-        Weight::matrix(self.device, "oracle bf16", Format::Bf16, [n as u32, k as u32], &[bytes], &[])
+        Weight::matrix(
+            self.device,
+            "oracle bf16",
+            Format::Bf16,
+            [n as u32, k as u32],
+            &WeightBytes { codes: &[bytes], ..Default::default() },
+        )
     }
 
     fn run(&self, program: &Program, output: Slice) -> Result<Vec<u32>> {

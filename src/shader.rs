@@ -24,7 +24,17 @@ pub struct Slot {
 }
 
 /// A weight matrix by its format on disk.
-pub(crate) const WEIGHTS: Slot = Slot { name: "weights", fillings: &["weights_bf16", "weights_mxfp4"] };
+pub(crate) const WEIGHTS: Slot = Slot { name: "weights", fillings: &WEIGHT_FILES };
+const WEIGHT_FILES: [&str; 5] = ["weights_bf16", "weights_fp8", "weights_fp8_blocks", "weights_mxfp4", "weights_nvfp4"];
+/// The rows that a matrix is multiplied with: as they are, or quantised.
+pub(crate) const INPUT: Slot = Slot { name: "input", fillings: &["input_f32", "input_nvfp4"] };
+/// The gated activation.
+pub(crate) const GLU: Slot = Slot { name: "glu", fillings: &["glu_clamped", "glu_silu"] };
+/// A learned score that takes attention from the keys, or none.
+pub(crate) const SINK: Slot = Slot { name: "sink", fillings: &["sink_bf16", "sink_none"] };
+/// The scale that activations are quantised with.
+pub(crate) const ACT_SCALE: Slot = Slot { name: "act_scale", fillings: &ACT_SCALE_FILES };
+const ACT_SCALE_FILES: [&str; 4] = ["act_scale_expert", "act_scale_static", "act_scale_tensor", "act_scale_token"];
 /// A bias, or none.
 pub(crate) const BIAS: Slot = Slot { name: "bias", fillings: &["bias_bf16", "bias_none"] };
 /// The sum of eight neighbouring lanes; the adapter decides.
@@ -45,6 +55,10 @@ macro_rules! shared {
 }
 
 shared!(
+    "act_scale_expert",
+    "act_scale_static",
+    "act_scale_tensor",
+    "act_scale_token",
     "append_bf16",
     "append_f32",
     "bf16",
@@ -52,16 +66,31 @@ shared!(
     "bias_none",
     "cache_bf16",
     "cache_f32",
+    "divide",
     "dot8",
+    "dynamic_scale",
+    "e2m1",
+    "e4m3",
     "exp",
+    "glu_clamped",
+    "glu_silu",
+    "input8",
+    "input_f32",
+    "input_nvfp4",
     "reduce_shared",
     "reduce_subgroup",
     "row",
+    "sink_bf16",
+    "sink_none",
     "step",
     "tile_1",
     "tile_8",
+    "weight8",
     "weights_bf16",
+    "weights_fp8",
+    "weights_fp8_blocks",
     "weights_mxfp4",
+    "weights_nvfp4",
 );
 
 /// A kernel's whole source with every slot filled. Each shared file appears once, before its first use.

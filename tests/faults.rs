@@ -6,7 +6,7 @@
 use crate::harness::{cpu, gpu};
 use crate::models::fixture;
 use fourfold::device::{Buffer, Device};
-use fourfold::ops::{Op, Routes};
+use fourfold::ops::{Gate, Op, Routes};
 use fourfold::program::{Launch, Program, Slice};
 use fourfold::trace::bisect::{Reference, StageError, TOLERANCE, bisect};
 use fourfold::trace::file::TraceFile;
@@ -99,7 +99,7 @@ impl Planter {
             "SwiGLU clamp dropped" => {
                 self.constant(p, up, "LIMIT", 1e30);
                 let Op::MoeUp(op) = &mut p.launches[up].op else { unreachable!() };
-                op.limit = 1e30;
+                op.gate = Gate::Clamped { limit: 1e30, alpha: 1.702 };
             }
             "one expert transposed" => self.change(p, down, "codes", |b| {
                 let expert = &mut b[2 * 128 * 64..3 * 128 * 64];
@@ -123,7 +123,7 @@ impl Planter {
                 let picks: Vec<u32> = (0..rows as u32).map(|row| 2 * row).collect();
                 let picks = self.buffer("picks", || bytemuck::cast_slice(&picks).to_vec());
                 let mut more = Program::new(p.tokens(), HostStages::default());
-                more.router(fourfold::ops::Router { e: 8, a: 8 }, scores, all);
+                more.router(fourfold::ops::Router { e: 8, a: 8, normalise: true }, scores, all);
                 more.take(4, picks, all.weights, weights);
                 let nowhere = self.buffer("nowhere", || vec![0; weights.bytes as usize]);
                 bind(&mut router, "weights", nowhere);

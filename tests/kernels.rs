@@ -5,7 +5,10 @@ use crate::harness::{Bench, Named, Random, assert_near, cpu, gpus, small_binding
 use fourfold::HostStages;
 use fourfold::device::Device;
 use fourfold::format::Format;
-use fourfold::ops::{Attention, CacheFormat, Experts, KvCache, MoeScatter, RmsNorm, Router, Routes, Row, Step, Weight};
+use fourfold::ops::{
+    Amax, Attention, CacheFormat, Experts, Gate, GateUp, Glu, HeadNorm, KvCache, MoeScatter, RmsNorm, Router, Routes,
+    Row, Step, Swiglu, Weight, WeightBytes,
+};
 use fourfold::program::{Program, Slice};
 use std::sync::Arc;
 
@@ -46,20 +49,63 @@ fn step(bench: &mut Bench, tokens: usize) -> Slice {
 }
 
 /// Bytes of a random matrix: (codes, scales). MXFP4 scales spread over a few binades around 2^-6, as trained weights'.
-fn matrix(random: &mut Random, format: Format, rows: usize, k: usize) -> (Vec<u8>, Vec<u8>) {
+fn matrix(random: &mut Random, format: Format, rows: usize, k: usize) -> Bytes {
+    let n_scales = format.scale_bytes(k) * rows;
+    // FP8 codes without NaN, and E4M3 scales without NaN and negatives.
+    let mut fp8 = |n: usize, mask: u8| -> Vec<u8> {
+        random.bytes(n).into_iter().map(|b| if b & 0x7f == 0x7f { b - 1 } else { b } & mask).collect()
+    };
+    let (codes, scales) = match format {
+        Format::Fp8 | Format::Fp8Blocks => (fp8(rows * k, 0xff), Vec::new()),
+        Format::Nvfp4 => (Vec::new(), fp8(n_scales, 0x7f)),
+        _ => Default::default(),
+    };
     match format {
-        Format::Bf16 => (random.bf16s(rows * k), Vec::new()),
-        _ => {
-            let codes = random.bytes(format.row_bytes(k) * rows);
-            let scales = (0..format.scale_bytes(k) * rows).map(|_| 119 + random.below(5) as u8).collect();
-            (codes, scales)
+        Format::Bf16 => Bytes { codes: random.bf16s(rows * k), ..Bytes::default() },
+        Format::Fp8 => Bytes { codes, row_scales: row_scales(random, rows), ..Bytes::default() },
+        Format::Fp8Blocks => {
+            let scales = bytemuck::cast_slice(&row_scales(random, n_scales / 4)).to_vec();
+            Bytes { codes, scales, ..Bytes::default() }
         }
+        Format::Mxfp4 => {
+            let codes = random.bytes(format.row_bytes(k) * rows);
+            let scales = (0..n_scales).map(|_| 119 + random.below(5) as u8).collect();
+            Bytes { codes, scales, ..Bytes::default() }
+        }
+        Format::Nvfp4 => {
+            let codes = random.bytes(format.row_bytes(k) * rows);
+            Bytes { codes, scales, row_scales: row_scales(random, rows) }
+        }
+        Format::F32 => unreachable!("no kernel reads f32 weights"),
     }
 }
 
-fn weight(bench: &Bench, format: Format, shape: [usize; 2], codes: &[u8], scales: &[u8]) -> Weight {
-    Weight::matrix(&bench.device, "test weight", format, shape.map(|n| n as u32), &[codes], &[scales]).unwrap()
+/// Uneven numbers around 2^-12.
+fn row_scales(random: &mut Random, n: usize) -> Vec<f32> {
+    random.f32s(n).iter().map(|v| (v.abs() + 0.1) / 4096.0).collect()
 }
+
+/// A weight's bytes.
+#[derive(Default)]
+struct Bytes {
+    codes: Vec<u8>,
+    scales: Vec<u8>,
+    row_scales: Vec<f32>,
+}
+
+impl Bytes {
+    fn with<R>(&self, make: impl FnOnce(&WeightBytes<'_>) -> R) -> R {
+        make(&WeightBytes { codes: &[&self.codes], scales: &[&self.scales], row_scales: &self.row_scales })
+    }
+}
+
+fn weight(bench: &Bench, format: Format, shape: [usize; 2], bytes: &Bytes) -> Weight {
+    let shape = shape.map(|n| n as u32);
+    bytes.with(|bytes| Weight::matrix(&bench.device, "test weight", format, shape, bytes)).unwrap()
+}
+
+/// Every format that a kernel reads.
+const FORMATS: [Format; 5] = [Format::Bf16, Format::Fp8, Format::Fp8Blocks, Format::Mxfp4, Format::Nvfp4];
 
 #[test]
 fn rms_norm() {
@@ -77,9 +123,10 @@ fn rms_norm() {
 
 #[test]
 fn linear() {
-    for format in [Format::Bf16, Format::Mxfp4] {
+    for format in FORMATS {
         for (t, n, k) in [(1, 1, 32), (1, 40, 320), (3, 9, 96), (4, 7, 160), (8, 17, 2880), (17, 24, 64), (9, 513, 32)]
         {
+            let k = usize::next_multiple_of(k, format.block());
             for with_bias in [true, false] {
                 let what = format!("linear {format} T={t} N={n} K={k} bias={with_bias}");
                 check(&what, sum_tolerance(k), |b| linear_case(b, format, [t, n, k], with_bias, 0..t));
@@ -96,12 +143,12 @@ fn linear_case(
     rows: std::ops::Range<usize>,
 ) -> (Program, Vec<Slice>) {
     let mut random = Random((n * k) as u64);
-    let (codes, scales) = matrix(&mut random, format, n, k);
+    let bytes = matrix(&mut random, format, n, k);
     let bias = random.bf16s(n);
     let x = random.f32s(t * k);
     let x = &x[rows.start * k..rows.end * k];
     let t = rows.len();
-    let w = weight(b, format, [n, k], &codes, &scales);
+    let w = weight(b, format, [n, k], &bytes);
     let (x, y, step) = (b.input(x), b.output(t * n), step(b, t));
     let bias = with_bias.then(|| b.input(&bias));
     let mut p = program(t);
@@ -122,7 +169,7 @@ fn linear_split_by_the_binding_limit() {
 #[test]
 fn a_row_of_linear_does_not_depend_on_its_neighbours() {
     for (_, device) in gpus() {
-        for (format, k) in [(Format::Bf16, 2880), (Format::Mxfp4, 320)] {
+        for (format, k) in [(Format::Bf16, 2880), (Format::Mxfp4, 320), (Format::Nvfp4, 336)] {
             let (t, n) = (19, 23);
             let all = output_of(device, |b| linear_case(b, format, [t, n, k], true, 0..t));
             for rows in [0..1, 7..8, 18..19, 3..6, 2..11] {
@@ -149,17 +196,27 @@ fn routes(random: &mut Random, t: usize, e: usize, a: usize) -> Vec<u32> {
 }
 
 fn experts(b: &mut Bench, random: &mut Random, format: Format, [e, n, k]: [usize; 3]) -> Experts {
-    let (codes, scales) = matrix(random, format, e * n, k);
-    let bias = b.input(&random.bf16s(e * n));
+    let bytes = matrix(random, format, e * n, k);
+    let bias = Some(b.input(&random.bf16s(e * n)));
     let shape = [e, n, k].map(|n| n as u32);
-    let weight = Weight::experts(&b.device, "test experts", format, shape, &codes, &scales).unwrap();
-    Experts { weight, bias }
+    let weight = bytes.with(|bytes| Weight::experts(&b.device, "test experts", format, shape, bytes)).unwrap();
+    Experts { weight, bias, input_scale: None }
 }
 
 fn moe_up_case(
     b: &mut Bench,
     format: Format,
+    shape: [usize; 5],
+    rows: std::ops::Range<usize>,
+) -> (Program, Vec<Slice>) {
+    moe_up_form(b, format, shape, Swiglu::gpt_oss(shape[2] as u32, [7.0, 1.702]), rows)
+}
+
+fn moe_up_form(
+    b: &mut Bench,
+    format: Format,
     [t, e, a, f, k]: [usize; 5],
+    form: Swiglu,
     rows: std::ops::Range<usize>,
 ) -> (Program, Vec<Slice>) {
     let mut random = Random((f * k) as u64);
@@ -170,7 +227,7 @@ fn moe_up_case(
     let h = b.input(&h[rows.start * k..rows.end * k]);
     let y = b.output(t * a * f);
     let mut p = program(t);
-    p.moe_up(&up, a as u32, [7.0, 1.702], chosen, [h, y]);
+    p.moe_up(&up, form, chosen, (h, a as u32), y);
     b.keep(up.weight);
     (p, vec![y])
 }
@@ -188,12 +245,99 @@ fn moe_down_case(b: &mut Bench, format: Format, [t, e, a, d, k]: [usize; 5]) -> 
 
 #[test]
 fn moe_up() {
-    for format in [Format::Mxfp4, Format::Bf16] {
+    for format in FORMATS {
         for (t, e, a, f, k) in [(1, 4, 2, 8, 32), (3, 7, 3, 13, 96), (2, 8, 4, 160, 320), (1, 2, 1, 9, 2880)] {
+            let k = usize::next_multiple_of(k, format.block());
             let what = format!("moe_up {format} T={t} E={e} A={a} F={f} K={k}");
             // The activation multiplies gate by up: twice the relative error of a sum.
             check(&what, 2.0 * sum_tolerance(k), |b| moe_up_case(b, format, [t, e, a, f, k], 0..t));
         }
+    }
+}
+
+#[test]
+fn moe_up_with_gates_before_ups() {
+    for format in FORMATS {
+        let shape = [3, 7, 3, 13, 160usize.next_multiple_of(format.block())];
+        let form = Swiglu { a: 3, rows: GateUp::Halves, gate: Gate::Silu };
+        check(&format!("moe_up in halves {format}"), 2.0 * sum_tolerance(shape[4]), |b| {
+            moe_up_form(b, format, shape, form, 0..3)
+        });
+    }
+}
+
+#[test]
+fn matrices_without_bias_in_the_formats_of_experts() {
+    check("moe_down without bias", sum_tolerance(96), |b| {
+        let mut random = Random(8);
+        let down = Experts { bias: None, ..experts(b, &mut random, Format::Nvfp4, [4, 9, 96]) };
+        let (chosen, x) = (b.input(&routes(&mut random, 3, 4, 2)), b.input(&random.f32s(3 * 2 * 96)));
+        let y = b.output(3 * 2 * 9);
+        let mut p = program(3);
+        p.moe_down(&down, 2, chosen, x, y);
+        b.keep(down.weight);
+        (p, vec![y])
+    });
+}
+
+#[test]
+fn glu() {
+    for (t, f) in [(1, 1), (3, 96), (2, 1000)] {
+        for gate in [Gate::Silu, Gate::Clamped { limit: 7.0, alpha: 1.702 }] {
+            // e^x of our own is good to an ulp or, where a driver splits fma, to |x| of them.
+            check(&format!("glu {gate:?} T={t} F={f}"), 16.0 * EPS, |b| {
+                let x: Vec<f32> = Random(f as u64).f32s(t * 2 * f).iter().map(|v| v * 4.0).collect();
+                let (x, y) = (b.input(&x), b.output(t * f));
+                let mut p = program(t);
+                p.glu(Glu { f: f as u32, gate }, x, y);
+                (p, vec![y])
+            });
+        }
+    }
+}
+
+#[test]
+fn nan_and_large_numbers_pass_through_glu_as_they_are() {
+    for (name, device) in gpus() {
+        for gate in [Gate::Silu, Gate::Clamped { limit: 7.0, alpha: 1.702 }] {
+            let x = [f32::NAN, 1.0, -1e30, 1e30, 1.0, f32::NAN, 1.0, 1.0];
+            let got = output_of(device, |b| {
+                let (x, y) = (b.input(&x), b.output(4));
+                let mut p = program(1);
+                p.glu(Glu { f: 4, gate }, x, y);
+                (p, vec![y])
+            });
+            let got = crate::harness::floats(&got);
+            assert!(got[0].is_nan() && got[1].is_nan() && got[2] == 0.0, "{gate:?} on {name}: {got:?}");
+            assert!(got[3] == if gate == Gate::Silu { 1e30 } else { got[3] } && got[3] > 13.0, "{gate:?} {got:?}");
+        }
+    }
+}
+
+#[test]
+fn head_norm() {
+    for (t, h, hk, dh) in [(1, 1, 1, 4), (3, 4, 2, 32), (2, 8, 1, 128), (5, 3, 3, 250)] {
+        check(&format!("head_norm T={t} H={h} HK={hk} DH={dh}"), sum_tolerance(dh), |b| {
+            let mut random = Random(dh as u64);
+            let gains = [0; 2].map(|_| b.input(&random.bf16s(dh)));
+            let x = b.guarded(&random.f32s(t * (h + 2 * hk) * dh));
+            let mut p = program(t);
+            p.head_norm(HeadNorm { h: h as u32, hk: hk as u32, dh: dh as u32, eps: 1e-6 }, gains, x);
+            (p, vec![x])
+        });
+    }
+}
+
+#[test]
+fn amax() {
+    for (t, k, rows_per_token) in [(1, 16, 1), (3, 96, 2), (2, 2880, 4)] {
+        check("amax", 0.0, |b| {
+            let rows = t * rows_per_token;
+            let (x, y) = (b.input(&Random(k as u64).f32s(rows * k)), b.output(rows));
+            let mut p = program(t);
+            p.amax(Amax { k: k as u32, rows_per_token: rows_per_token as u32 }, x, y);
+            (p, vec![y])
+        });
     }
 }
 
@@ -213,8 +357,9 @@ fn a_row_of_moe_up_does_not_depend_on_its_neighbours() {
 
 #[test]
 fn moe_down() {
-    for format in [Format::Mxfp4, Format::Bf16] {
+    for format in FORMATS {
         for (t, e, a, d, k) in [(1, 4, 2, 8, 32), (3, 7, 3, 13, 160), (2, 8, 4, 320, 160), (1, 2, 1, 9, 2880)] {
+            let k = usize::next_multiple_of(k, format.block());
             let what = format!("moe_down {format} T={t} E={e} A={a} D={d} K={k}");
             check(&what, sum_tolerance(k), |b| moe_down_case(b, format, [t, e, a, d, k]));
         }
@@ -226,7 +371,8 @@ fn one_expert_is_not_split() {
     // A layer with a single expert is still a layer of experts: where it does not fit, that is an error.
     let Some(small) = small_binding_gpu(2048) else { return };
     let shape = [1, 64, 96];
-    let made = Weight::experts(&small, "single", Format::Mxfp4, shape, &[0; 64 * 48], &[127; 64 * 3]);
+    let made = Bytes { codes: vec![0; 64 * 48], scales: vec![127; 64 * 3], ..Bytes::default() }
+        .with(|bytes| Weight::experts(&small, "single", Format::Mxfp4, shape, bytes));
     assert!(made.unwrap_err().to_string().contains("one expert takes 3072 bytes"));
 }
 
@@ -267,7 +413,8 @@ fn every_mxfp4_code_and_scale_on_the_device() {
     let scales: Vec<u8> = (0..253).collect();
     let x: Vec<f32> = (0..32 * 32).map(|i| f32::from(i % 33 == 0)).collect();
     let setup = |b: &mut Bench| {
-        let w = weight(b, Format::Mxfp4, [253, 32], &codes, &scales);
+        let bytes = Bytes { codes: codes.clone(), scales: scales.clone(), ..Bytes::default() };
+        let w = weight(b, Format::Mxfp4, [253, 32], &bytes);
         let (x, y, step) = (b.input(&x), b.output(32 * 253), step(b, 32));
         let mut p = program(32);
         p.linear(step, &w, None, x, y);
@@ -293,7 +440,8 @@ fn embed() {
     let (vocab, d, t) = (50, 66, 9);
     let setup = |b: &mut Bench| {
         let mut random = Random(5);
-        let table = weight(b, Format::Bf16, [vocab, d], &random.bf16s(vocab * d), &[]);
+        let bytes = Bytes { codes: random.bf16s(vocab * d), ..Bytes::default() };
+        let table = weight(b, Format::Bf16, [vocab, d], &bytes);
         let row = |i: usize| Row { token: (i * 17 % vocab) as u32, ..Row::default() };
         let rows: Vec<Row> = (0..t).map(row).collect();
         let (rows, x) = (b.input(&rows), b.output(t * d));
@@ -401,7 +549,7 @@ fn attention_case(b: &mut Bench, op: Attention, rows: &[Row], which: std::ops::R
     let width = (h + 2 * hk) * dh;
     let qkv = random.f32s(rows.len() * width);
     let kv = cache(b, &mut random, op.format, op.capacity as usize, hk * dh, 2);
-    let sinks = b.input(&random.bf16s(h + h % 2));
+    let sinks = (op.window != 13).then(|| b.input(&random.bf16s(h + h % 2)));
     let t = which.len();
     let (qkv, rows) = (b.input(&qkv[which.start * width..which.end * width]), b.input(&rows[which]));
     let a = b.output(t * h * dh);
@@ -416,7 +564,8 @@ fn attention() {
         for (h, hk, dh, window, capacity, last) in [
             (1, 1, 4, 0, 1, 0),      // one key
             (8, 2, 32, 0, 300, 299), // several tiles, the last one partial
-            (6, 2, 64, 13, 20, 500), // a window inside a ring that has wrapped many times
+            (6, 2, 64, 13, 20, 500), // a window inside a ring that has wrapped many times; without sinks
+            (6, 2, 64, 0, 100, 99),
             (4, 4, 128, 128, 200, 450),
             (2, 1, 256, 64, 64, 63), // the window is the whole ring
         ] {
@@ -443,7 +592,8 @@ fn a_row_of_attention_does_not_depend_on_its_neighbours() {
 
 #[test]
 fn router() {
-    for (t, e, a) in [(1, 4, 4), (3, 7, 3), (5, 32, 4), (2, 128, 4), (2, 100, 16), (1, 1, 1)] {
+    let cases = [(1, 4, 4), (3, 7, 3), (5, 32, 4), (2, 128, 4), (2, 100, 16), (1, 1, 1)];
+    for (t, e, a, normalise) in cases.into_iter().flat_map(|(t, e, a)| [(t, e, a, true), (t, e, a, false)]) {
         let setup = |b: &mut Bench| {
             let mut random = Random(e as u64);
             let mut scores: Vec<f32> = random.f32s(t * e);
@@ -456,7 +606,7 @@ fn router() {
             let scores = b.input(&scores);
             let routes = Routes { experts: b.output(t * a), weights: b.output(t * a) };
             let mut p = program(t);
-            p.router(Router { e: e as u32, a: a as u32 }, scores, routes);
+            p.router(Router { e: e as u32, a: a as u32, normalise }, scores, routes);
             (p, vec![routes.weights, routes.experts])
         };
         let run = |device: &Arc<dyn Device>| {
@@ -480,7 +630,7 @@ fn a_router_with_nan_scores_still_names_experts_that_exist() {
         let scores = b.input(&[f32::NAN; 8]);
         let routes = Routes { experts: b.output(4), weights: b.output(4) };
         let mut p = program(1);
-        p.router(Router { e: 8, a: 4 }, scores, routes);
+        p.router(Router { e: 8, a: 4, normalise: true }, scores, routes);
         let experts = b.run(&p, &[routes.experts]).swap_remove(0);
         assert!(experts.iter().all(|e| *e < 8), "{experts:?}");
     }

@@ -15,3 +15,4 @@ mod shaders; // all slot fillings compose, validate, translate; Rust and WGSL ag
 mod text; // tokenizer, templates, Harmony against outside vectors
 mod tidy; // the rules of the code base that a machine can check
 mod trace_diff; // traces: their file, and what `diff` finds between two
+mod w4a4; // quantised activations: the stage's twin, FP4 products and a MoE block against goldens

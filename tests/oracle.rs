@@ -4,7 +4,7 @@
 use crate::harness::{cpu, distance, floats, gpus};
 use fourfold::Result;
 use fourfold::device::{Device, Limits, cpu::Cpu};
-use fourfold::ops::{CacheFormat, Op};
+use fourfold::ops::{CacheFormat, Gate, Op};
 use fourfold::oracle::{self, Subject, Which};
 use fourfold::program::{BufferId, Launch, Program, Slice};
 use safetensors::SafeTensors;
@@ -387,7 +387,7 @@ fn faults() -> Vec<Fault> {
             "the factor inside the sigmoid is 1.7",
             |_, launch, _| {
                 if let Op::MoeUp(op) = &mut launch.op {
-                    op.alpha = 1.7;
+                    op.gate = Gate::Clamped { limit: 7.0, alpha: 1.7 };
                 }
             },
             &["swiglu"],
@@ -396,7 +396,7 @@ fn faults() -> Vec<Fault> {
             "gate and up are not clamped",
             |_, launch, _| {
                 if let Op::MoeUp(op) = &mut launch.op {
-                    op.limit = 1e30;
+                    op.gate = Gate::Clamped { limit: 1e30, alpha: 1.702 };
                 }
             },
             &["swiglu"],

@@ -136,7 +136,7 @@ pub fn dynamic_global(x: &[f32]) -> Result<Global, NotFinite> {
 /// code  = e2m1(x * (G / scale))             saturates at 6; zero where the scale is zero
 /// ```
 ///
-/// A zero multiplier (a tensor of zeros), or one so small that its inverse overflows, gives zeros.
+/// A multiplier below 2^-126 (a tensor of zeros, or nearly) gives zeros.
 /// `x` is whole blocks of 16; the result has the same order.
 ///
 /// # Errors
@@ -148,10 +148,7 @@ pub fn quantize_activations(x: &[f32], global: Global) -> Result<Encoded, NotFin
     let multiplier = global.multiplier();
     assert!(multiplier.is_finite() && multiplier >= 0.0, "an activation scale is finite, got {multiplier}");
     require_finite(x)?;
-    let inverse = match 1.0 / multiplier {
-        g if g.is_finite() => g,
-        _ => 0.0,
-    };
+    let inverse = inverse(multiplier);
     let mut encoded = Encoded::with_room_for(x, global);
     for block in whole_blocks(x) {
         let scale = e4m3::encode(inverse * (amax(block) * (1.0 / 6.0)));
@@ -163,6 +160,17 @@ pub fn quantize_activations(x: &[f32], global: Global) -> Result<Encoded, NotFin
         encoded.push(scale, block.map(|v| e2m1::encode(if v == 0.0 { v } else { v * factor })));
     }
     Ok(encoded)
+}
+
+/// How many blocks of `x` have a larger scale than rounds to E4M3's largest, so that [`quantize_activations`] clips them.
+pub fn clipped_blocks(x: &[f32], global: Global) -> usize {
+    let inverse = inverse(global.multiplier());
+    whole_blocks(x).iter().filter(|block| inverse * (amax(&block[..]) * (1.0 / 6.0)) > 464.0).count()
+}
+
+/// G of a quantiser; 0 where a multiplier is below the normal numbers.
+fn inverse(multiplier: f32) -> f32 {
+    if multiplier < f32::MIN_POSITIVE { 0.0 } else { 1.0 / multiplier }
 }
 
 /// Bytes of the block scales of `n_rows` rows of `n_scales` scales in 128x4 order: both padded, to 128 and to 4.

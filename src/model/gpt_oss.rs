@@ -9,7 +9,10 @@ use crate::config::{Config, LayerType};
 use crate::device::{Buffer, Device};
 use crate::error::{Error, Result};
 use crate::format::Format;
-use crate::ops::{Attention, CacheFormat, Experts, KvCache, MoeScatter, RmsNorm, Router, Routes, Row, Step, Weight};
+use crate::ops::{
+    Attention, CacheFormat, Experts, KvCache, MoeScatter, RmsNorm, Router, Routes, Row, Step, Swiglu, Weight,
+    WeightBytes,
+};
 use crate::program::{HostStages, Program, Slice};
 use std::collections::HashSet;
 use std::sync::Arc;
@@ -151,7 +154,7 @@ impl GptOss {
         device.wait()?;
         Ok(Self {
             norm: RmsNorm { d, eps: config.rms_norm_eps },
-            router: Router { e, a: config.num_experts_per_tok as u32 },
+            router: Router { e, a: config.num_experts_per_tok as u32, normalise: true },
             scatter: MoeScatter { a: config.num_experts_per_tok as u32, d },
             embed,
             layers,
@@ -279,7 +282,7 @@ impl GptOss {
         p.linear(s.step, &l.qkv.weight, Some(l.qkv.bias), s.h, s.qkv);
         p.stage(name("qkv"), s.qkv, (h + 2 * hk) * dh);
         p.rope([h as u32, hk as u32, dh as u32], s.rows, self.rope_table, s.qkv, kv);
-        p.attention(self.attention(l, kv), s.rows, s.qkv, kv, l.sinks, s.a);
+        p.attention(self.attention(l, kv), s.rows, s.qkv, kv, Some(l.sinks), s.a);
         p.stage(name("attention"), s.a, h * dh);
         p.linear(s.step, &l.out.weight, Some(l.out.bias), s.a, s.delta);
         p.stage(name("attn_out"), s.delta, d);
@@ -292,8 +295,8 @@ impl GptOss {
         p.router(self.router, s.scores, s.routes);
         p.index_stage(name("mlp.router.experts"), s.routes.experts, a);
         p.stage(name("mlp.router.weights"), s.routes.weights, a);
-        let activation = [c.swiglu_limit, c.swiglu_alpha];
-        p.moe_up(&l.up, self.router.a, activation, s.routes.experts, [s.h, s.e]);
+        let form = Swiglu::gpt_oss(self.router.a, [c.swiglu_limit, c.swiglu_alpha]);
+        p.moe_up(&l.up, form, s.routes.experts, (s.h, self.router.a), s.e);
         p.stage(name("mlp.up"), s.e, a * c.intermediate_size);
         p.moe_down(&l.down, self.router.a, s.routes.experts, s.e, s.y);
         p.stage(name("mlp.down"), s.y, a * d);
@@ -427,7 +430,13 @@ impl<'a> Uploader<'a> {
     /// A bf16 matrix, its rows stacked from several tensors.
     fn matrix(&mut self, label: &str, names: &[String], n: u32, k: u32) -> Result<Weight> {
         let pieces = self.stacked(names)?;
-        Weight::matrix(self.device, label, Format::Bf16, [n, k], &pieces, &[])
+        Weight::matrix(
+            self.device,
+            label,
+            Format::Bf16,
+            [n, k],
+            &WeightBytes { codes: &pieces, ..WeightBytes::default() },
+        )
     }
 
     /// `NAME.weight` and `NAME.bias`, stacked over the names.
@@ -442,8 +451,15 @@ impl<'a> Uploader<'a> {
     fn experts(&mut self, name: &str, shape: [u32; 3]) -> Result<Experts> {
         let blocks = self.bytes(&format!("{name}_blocks"))?;
         let scales = self.bytes(&format!("{name}_scales"))?;
-        let weight = Weight::experts(self.device, name, Format::Mxfp4, shape, blocks, scales)?;
-        Ok(Experts { weight, bias: self.vector(&format!("{name}_bias"))? })
+        let weight = Weight::experts(
+            self.device,
+            name,
+            Format::Mxfp4,
+            shape,
+            &WeightBytes { codes: &[blocks], scales: &[scales], row_scales: &[] },
+        )?;
+        let bias = Some(self.vector(&format!("{name}_bias"))?);
+        Ok(Experts { weight, bias, input_scale: None })
     }
 }
 

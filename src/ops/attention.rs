@@ -1,11 +1,11 @@
-//! Attention with sinks, grouped heads and an optional sliding window.
+//! Attention, with or without sinks, grouped heads and an optional sliding window.
 
 use super::{CacheFormat, KvCache, Op, Row, Views};
 use crate::program::{Launch, Program, Slice};
-use crate::shader::{CACHE, Kernel};
+use crate::shader::{CACHE, Kernel, SINK};
 
 pub(crate) const KERNEL: Kernel =
-    Kernel { name: "attention", source: include_str!("../../shaders/attention.wgsl"), slots: &[CACHE] };
+    Kernel { name: "attention", source: include_str!("../../shaders/attention.wgsl"), slots: &[CACHE, SINK] };
 
 /// Constants.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -25,9 +25,17 @@ pub struct Attention {
 }
 
 impl Program {
-    /// `a[t,h] = sum_j softmax_j(q k_j / sqrt(Dh)) v_j` with the sink in the denominator. `qkv`: rotated, as `rope`
+    /// `a[t,h] = sum_j softmax_j(q k_j / sqrt(Dh)) v_j` with the sink, if there is one, in the denominator. `qkv`: rotated, as `rope`
     /// leaves it; `sinks`: `[H]` bf16; `a`: `[T, H Dh]` f32.
-    pub fn attention(&mut self, op: Attention, rows: Slice, qkv: Slice, cache: KvCache, sinks: Slice, a: Slice) {
+    pub fn attention(
+        &mut self,
+        op: Attention,
+        rows: Slice,
+        qkv: Slice,
+        cache: KvCache,
+        sinks: Option<Slice>,
+        a: Slice,
+    ) {
         let launch = Launch::new(Op::Attention(op), &KERNEL, [op.h, self.tokens, 1])
             .fill("cache", cache.format.filling("cache"))
             .constant("H", op.h)
@@ -39,9 +47,11 @@ impl Program {
             .read("qkv", qkv)
             .read("keys", cache.keys)
             .read("values", cache.values)
-            .read("sinks", sinks)
             .write("a", a);
-        self.push(launch);
+        self.push(match sinks {
+            Some(sinks) => launch.fill("sink", "sink_bf16").read("sinks", sinks),
+            None => launch.fill("sink", "sink_none"),
+        });
     }
 }
 
@@ -49,10 +59,12 @@ impl Attention {
     pub(crate) fn twin(&self, tokens: usize, views: &mut Views<'_>) {
         let rows = &bytemuck::cast_slice(views.words("rows"))[..tokens];
         let (keys, values) = (views.words("keys"), views.words("values"));
-        self.reference(rows, views.f32("qkv"), keys, values, views.bf16("sinks"), views.f32_mut("a"));
+        let sinks = if views.has("sinks") { views.bf16("sinks") } else { &[] };
+        self.reference(rows, views.f32("qkv"), keys, values, sinks, views.f32_mut("a"));
     }
 
-    /// `rows [T]`, `qkv [T, (H + 2 Hk) Dh]`, `keys`, `values`: words of `[S, capacity, Hk Dh]`, `sinks [H]`, `a [T, H Dh]`.
+    /// `rows [T]`, `qkv [T, (H + 2 Hk) Dh]`, `keys`, `values`: words of `[S, capacity, Hk Dh]`, `sinks [H]` or
+    /// empty, `a [T, H Dh]`.
     pub fn reference(
         &self,
         rows: &[Row],
@@ -75,7 +87,7 @@ impl Attention {
                     dot / (dh as f64).sqrt()
                 };
                 let scores: Vec<f64> = (start..end).map(score).collect();
-                let sink = sinks[head].to_f64();
+                let sink = sinks.get(head).map_or(f64::NEG_INFINITY, |s| s.to_f64());
                 // Where a score is NaN, `max` passes it over, and the weights below carry it on.
                 let m = scores.iter().copied().fold(sink, f64::max);
                 let mut total = (sink - m).exp();

@@ -1,18 +1,46 @@
 //! Matrix times rows.
 
-use super::{Matrix, Op, Views, Weight, weight::dot};
+use super::{Input, InputFormat, Matrix, Op, Views, Weight, weight::dot};
 use crate::format::Format;
 use crate::program::{Launch, Program, Slice};
-use crate::shader::{BIAS, Kernel, REDUCE, TILE, WEIGHTS};
+use crate::shader::{BIAS, INPUT, Kernel, REDUCE, TILE, WEIGHTS};
 
-pub(crate) const KERNEL: Kernel =
-    Kernel { name: "linear", source: include_str!("../../shaders/linear.wgsl"), slots: &[WEIGHTS, BIAS, TILE, REDUCE] };
+pub(crate) const KERNEL: Kernel = Kernel {
+    name: "linear",
+    source: include_str!("../../shaders/linear.wgsl"),
+    slots: &[WEIGHTS, INPUT, BIAS, TILE, REDUCE],
+};
+
+/// A linear layer: one matrix, or several whose rows follow each other in the output, where their formats or activation
+/// scales differ (q, k and v of some checkpoints).
+#[derive(Debug)]
+pub struct Projection {
+    /// The matrices, in the order of the output's columns.
+    pub pieces: Vec<Piece>,
+    /// Outputs of all.
+    pub n: u32,
+    /// `[N]` bf16.
+    pub bias: Option<Slice>,
+}
+
+/// One matrix of a [`Projection`].
+#[derive(Debug)]
+pub struct Piece {
+    /// The matrix.
+    pub weight: Weight,
+    /// The column of the output where it begins.
+    pub first: u32,
+    /// The calibrated scale of what it is multiplied with, `[1]` f32 on the device.
+    pub input_scale: Option<Slice>,
+}
 
 /// Constants of one part of the matrix.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Linear {
     /// How the weight is stored.
     pub format: Format,
+    /// How the input is stored.
+    pub input: InputFormat,
     /// Inputs.
     pub k: u32,
     /// Outputs of the whole matrix.
@@ -25,11 +53,29 @@ pub struct Linear {
 
 impl Program {
     /// `y = w x + bias` by row. `step`: uniform with T; `x`: `[T, K]`, `y`: `[T, N]` f32; `bias`: `[N]` bf16.
-    pub fn linear(&mut self, step: Slice, w: &Weight, bias: Option<Slice>, x: Slice, y: Slice) {
+    pub fn linear(&mut self, step: Slice, w: &Weight, bias: Option<Slice>, x: impl Into<Input>, y: Slice) {
+        self.linear_columns(step, w, [0, w.n], bias, x.into(), y);
+    }
+
+    /// One matrix of a [`Projection`], into its columns of `y`.
+    pub fn linear_piece(&mut self, step: Slice, w: &Projection, piece: &Piece, x: impl Into<Input>, y: Slice) {
+        self.linear_columns(step, &piece.weight, [piece.first, w.n], w.bias, x.into(), y);
+    }
+
+    fn linear_columns(
+        &mut self,
+        step: Slice,
+        w: &Weight,
+        [first, n]: [u32; 2],
+        bias: Option<Slice>,
+        x: Input,
+        y: Slice,
+    ) {
         // The tile changes how many sums a lane carries, not the order of any of them.
         let (tile, tokens) = if self.tokens < 4 { ("tile_1", 1) } else { ("tile_8", 8) };
         for part in &w.parts {
-            let op = Linear { format: w.format, k: w.k, n: w.n, first: part.first, count: part.count };
+            let (input, first) = (x.format(), first + part.first);
+            let op = Linear { format: w.format, input, k: w.k, n, first, count: part.count };
             let grid = [part.count.div_ceil(8), self.tokens.div_ceil(tokens), 1];
             let launch = Launch::new(Op::Linear(op), &KERNEL, grid)
                 .constant("K", op.k)
@@ -40,7 +86,7 @@ impl Program {
                 .weight(w.format, part)
                 .bias(bias)
                 .fill("tile", tile)
-                .read("x", x)
+                .input(x)
                 .update("y", y);
             self.push(launch);
         }
@@ -51,7 +97,8 @@ impl Linear {
     pub(crate) fn twin(&self, tokens: usize, views: &mut Views<'_>) {
         let w = views.matrix(self.format, self.k as usize);
         let bias = if views.has("bias") { views.bf16("bias") } else { &[] };
-        self.reference(&w, bias, &views.f32("x")[..tokens * self.k as usize], views.f32_mut("y"));
+        let x = views.input(self.input, tokens, self.k as usize);
+        self.reference(&w, bias, &x, views.f32_mut("y"));
     }
 
     /// `x [T, K]`, `w [COUNT, K]`, `bias [N]` or empty, `y [T, N]`.

@@ -4,8 +4,12 @@
 //! kernel's tests, and it runs the op where there is no GPU.
 
 mod add;
+mod amax;
 mod attention;
 mod embed;
+mod glu;
+mod head_norm;
+mod input;
 mod linear;
 mod moe_down;
 mod moe_scatter;
@@ -13,34 +17,43 @@ mod moe_up;
 mod rms_norm;
 mod rope;
 mod router;
+mod stage_activation;
 mod stats;
 mod take;
 mod views;
 mod weight;
 
 pub use add::Add;
+pub use amax::Amax;
 pub use attention::Attention;
 pub use embed::Embed;
-pub use linear::Linear;
+pub use glu::{Gate, Glu};
+pub use head_norm::HeadNorm;
+pub use input::{Input, InputFormat, decode_staged, staged_words};
+pub use linear::{Linear, Piece, Projection};
 pub use moe_down::MoeDown;
 pub use moe_scatter::MoeScatter;
-pub use moe_up::{Experts, MoeUp};
+pub use moe_up::{ExpertScales, Experts, GateUp, MoeUp, Swiglu};
 pub use rms_norm::RmsNorm;
 pub use rope::{CacheFormat, KvCache, Rope};
 pub use router::{Router, Routes};
+pub use stage_activation::{ActScale, Activations, InputScales, StageActivation, Staging};
 pub use stats::{STATS_WORDS, Stats};
 pub use take::Take;
 pub use views::Views;
 pub(crate) use views::is_written;
-pub use weight::{Matrix, Part, Weight};
+pub use weight::{Matrix, Part, Weight, WeightBytes};
 
 use crate::shader::Kernel;
 
 /// Every kernel there is.
-pub const KERNELS: [&Kernel; 12] = [
+pub const KERNELS: [&Kernel; 16] = [
     &add::KERNEL,
+    &amax::KERNEL,
     &attention::KERNEL,
     &embed::KERNEL,
+    &glu::KERNEL,
+    &head_norm::KERNEL,
     &linear::KERNEL,
     &moe_down::KERNEL,
     &moe_scatter::KERNEL,
@@ -48,6 +61,7 @@ pub const KERNELS: [&Kernel; 12] = [
     &rms_norm::KERNEL,
     &rope::KERNEL,
     &router::KERNEL,
+    &stage_activation::KERNEL,
     &stats::KERNEL,
     &take::KERNEL,
 ];
@@ -57,8 +71,11 @@ pub const KERNELS: [&Kernel; 12] = [
 #[allow(missing_docs, reason = "each variant is documented at its type")]
 pub enum Op {
     Add(Add),
+    Amax(Amax),
     Attention(Attention),
     Embed(Embed),
+    Glu(Glu),
+    HeadNorm(HeadNorm),
     Linear(Linear),
     MoeDown(MoeDown),
     MoeScatter(MoeScatter),
@@ -66,6 +83,7 @@ pub enum Op {
     RmsNorm(RmsNorm),
     Rope(Rope),
     Router(Router),
+    StageActivation(StageActivation),
     Stats(Stats),
     Take(Take),
 }
@@ -75,8 +93,11 @@ impl Op {
     pub fn twin(&self, tokens: usize, views: &mut Views<'_>) {
         match self {
             Op::Add(op) => op.twin(tokens, views),
+            Op::Amax(op) => op.twin(tokens, views),
             Op::Attention(op) => op.twin(tokens, views),
             Op::Embed(op) => op.twin(tokens, views),
+            Op::Glu(op) => op.twin(tokens, views),
+            Op::HeadNorm(op) => op.twin(tokens, views),
             Op::Linear(op) => op.twin(tokens, views),
             Op::MoeDown(op) => op.twin(tokens, views),
             Op::MoeScatter(op) => op.twin(tokens, views),
@@ -84,6 +105,7 @@ impl Op {
             Op::RmsNorm(op) => op.twin(tokens, views),
             Op::Rope(op) => op.twin(tokens, views),
             Op::Router(op) => op.twin(tokens, views),
+            Op::StageActivation(op) => op.twin(tokens, views),
             Op::Stats(op) => op.twin(tokens, views),
             Op::Take(op) => op.twin(tokens, views),
         }

@@ -1,18 +1,23 @@
 //! The experts' second matrix.
 
-use super::{Experts, Matrix, Op, Views, weight::dot};
+use super::{Experts, Input, InputFormat, Matrix, Op, Views, weight::dot};
 use crate::format::Format;
 use crate::program::{Launch, Program, Slice};
-use crate::shader::{BIAS, Kernel, REDUCE, WEIGHTS};
+use crate::shader::{BIAS, INPUT, Kernel, REDUCE, WEIGHTS};
 
-pub(crate) const KERNEL: Kernel =
-    Kernel { name: "moe_down", source: include_str!("../../shaders/moe_down.wgsl"), slots: &[WEIGHTS, BIAS, REDUCE] };
+pub(crate) const KERNEL: Kernel = Kernel {
+    name: "moe_down",
+    source: include_str!("../../shaders/moe_down.wgsl"),
+    slots: &[WEIGHTS, INPUT, BIAS, REDUCE],
+};
 
 /// Constants of one part of the experts.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct MoeDown {
     /// How the weight is stored.
     pub format: Format,
+    /// How the input is stored.
+    pub input: InputFormat,
     /// Inputs.
     pub k: u32,
     /// Outputs.
@@ -27,19 +32,20 @@ pub struct MoeDown {
 
 impl Program {
     /// `y[t,a] = w_e x[t,a] + bias_e` with `e = experts[t,a]`. `x`: `[T, A, K]`, `y`: `[T, A, D]` f32.
-    pub fn moe_down(&mut self, down: &Experts, a: u32, experts: Slice, x: Slice, y: Slice) {
-        let (k, d) = (down.weight.k, down.weight.n);
+    pub fn moe_down(&mut self, down: &Experts, a: u32, experts: Slice, x: impl Into<Input>, y: Slice) {
+        let (x, k, d) = (x.into(), down.weight.k, down.weight.n);
         for part in &down.weight.parts {
-            let op = MoeDown { format: down.weight.format, k, d, a, first: part.first, count: part.count };
+            let (format, input) = (down.weight.format, x.format());
+            let op = MoeDown { format, input, k, d, a, first: part.first, count: part.count };
             let launch = Launch::new(Op::MoeDown(op), &KERNEL, [d.div_ceil(8), self.tokens * a, 1])
                 .constant("K", k)
                 .constant("D", d)
                 .constant("FIRST", op.first)
                 .constant("COUNT", op.count)
                 .weight(op.format, part)
-                .bias(Some(down.bias))
+                .bias(down.bias)
+                .input(x)
                 .read("experts", experts)
-                .read("x", x)
                 .update("y", y);
             self.push(launch);
         }
@@ -50,10 +56,12 @@ impl MoeDown {
     pub(crate) fn twin(&self, tokens: usize, views: &mut Views<'_>) {
         let w = views.matrix(self.format, self.k as usize);
         let experts = &views.words("experts")[..tokens * self.a as usize];
-        self.reference(&w, views.bf16("bias"), experts, views.f32("x"), views.f32_mut("y"));
+        let bias = if views.has("bias") { views.bf16("bias") } else { &[] };
+        let x = views.input(self.input, experts.len(), self.k as usize);
+        self.reference(&w, bias, experts, &x, views.f32_mut("y"));
     }
 
-    /// `w [COUNT, D, K]`, `bias [E, D]`, `experts [T, A]`, `x [T, A, K]`, `y [T, A, D]`.
+    /// `w [COUNT, D, K]`, `bias [E, D]` or empty, `experts [T, A]`, `x [T, A, K]`, `y [T, A, D]`.
     pub fn reference(&self, w: &Matrix<'_>, bias: &[half::bf16], experts: &[u32], x: &[f32], y: &mut [f32]) {
         let (k, d) = (self.k as usize, self.d as usize);
         let mut row = vec![0.0; k];
@@ -64,7 +72,8 @@ impl MoeDown {
             let x = &x[route * k..][..k];
             for i in 0..d {
                 w.row((expert - self.first) as usize * d + i, &mut row);
-                y[route * d + i] = (dot(&row, x) + bias[expert as usize * d + i].to_f64()) as f32;
+                y[route * d + i] =
+                    (dot(&row, x) + bias.get(expert as usize * d + i).map_or(0.0, |b| b.to_f64())) as f32;
             }
         }
     }

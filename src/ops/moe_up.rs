@@ -1,20 +1,43 @@
-//! The experts' first matrix (gate and up, interleaved) and the clamped SwiGLU.
+//! The experts' first matrix (gate and up) and the gated activation.
 
-use super::{Matrix, Op, Views, Weight, weight::dot};
+use super::{Gate, Input, InputFormat, Matrix, Op, Views, Weight, weight::dot};
 use crate::format::Format;
 use crate::program::{Launch, Program, Slice};
-use crate::shader::{BIAS, Kernel, REDUCE, WEIGHTS};
+use crate::shader::{BIAS, GLU, INPUT, Kernel, REDUCE, WEIGHTS};
 
-pub(crate) const KERNEL: Kernel =
-    Kernel { name: "moe_up", source: include_str!("../../shaders/moe_up.wgsl"), slots: &[WEIGHTS, BIAS, REDUCE] };
+pub(crate) const KERNEL: Kernel = Kernel {
+    name: "moe_up",
+    source: include_str!("../../shaders/moe_up.wgsl"),
+    slots: &[WEIGHTS, INPUT, BIAS, GLU, REDUCE],
+};
 
-/// One of a layer's two expert matrices: a weight for each expert, and a bias `[E, N]` bf16.
+/// One of a layer's two expert matrices: a weight for each expert, and what belongs to it.
 #[derive(Debug)]
 pub struct Experts {
     /// The matrices.
     pub weight: Weight,
-    /// The biases.
-    pub bias: Slice,
+    /// `[E, N]` bf16.
+    pub bias: Option<Slice>,
+    /// The calibrated scale of what they are multiplied with, on the device.
+    pub input_scale: Option<ExpertScales>,
+}
+
+/// Calibrated activation scales of a layer's experts.
+#[derive(Clone, Copy, Debug)]
+pub enum ExpertScales {
+    /// `[1]` f32: the same for all.
+    Shared(Slice),
+    /// `[E]` f32.
+    Each(Slice),
+}
+
+/// Where gate and up stand among the rows of an expert.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum GateUp {
+    /// gate 0, up 0, gate 1, up 1 and so on: gpt-oss.
+    Interleaved,
+    /// All gates, then all ups.
+    Halves,
 }
 
 /// Constants of one part of the experts.
@@ -22,42 +45,77 @@ pub struct Experts {
 pub struct MoeUp {
     /// How the weight is stored.
     pub format: Format,
+    /// How the input is stored.
+    pub input: InputFormat,
     /// Inputs.
     pub k: u32,
     /// Outputs after the activation.
     pub f: u32,
     /// Experts per token.
     pub a: u32,
+    /// Routes that read one row of the input.
+    pub share: u32,
     /// First expert of the part.
     pub first: u32,
     /// Experts in the part.
     pub count: u32,
-    /// Clamp of gate and up.
-    pub limit: f32,
-    /// Factor inside the sigmoid.
-    pub alpha: f32,
+    /// Where gate and up stand.
+    pub rows: GateUp,
+    /// The activation.
+    pub gate: Gate,
+}
+
+/// What the rows of an expert's first matrix mean.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Swiglu {
+    /// Experts per token.
+    pub a: u32,
+    /// Where gate and up stand.
+    pub rows: GateUp,
+    /// The activation.
+    pub gate: Gate,
+}
+
+impl Swiglu {
+    /// gpt-oss's: rows interleaved, clamped.
+    pub fn gpt_oss(a: u32, [limit, alpha]: [f32; 2]) -> Self {
+        Self { a, rows: GateUp::Interleaved, gate: Gate::Clamped { limit, alpha } }
+    }
 }
 
 impl Program {
-    /// `y[t,a] = swiglu(w_e h[t] + bias_e)` with `e = experts[t,a]`. `h`: `[T, K]`, `y`: `[T, A, F]` f32;
-    /// `experts`: `[T, A]` u32.
-    pub fn moe_up(&mut self, up: &Experts, a: u32, [limit, alpha]: [f32; 2], experts: Slice, [h, y]: [Slice; 2]) {
-        let (k, f) = (up.weight.k, up.weight.n / 2);
+    /// `y[t,a] = glu(w_e x + bias_e)` with `e = experts[t,a]`. `x`: `[T, K]`, or `[T, A, K]` where each route has a row of
+    /// its own (`share` 1); `y`: `[T, A, F]` f32; `experts`: `[T, A]` u32.
+    pub fn moe_up(
+        &mut self,
+        up: &Experts,
+        form: Swiglu,
+        experts: Slice,
+        (x, share): (impl Into<Input>, u32),
+        y: Slice,
+    ) {
+        let (x, k, f) = (x.into(), up.weight.k, up.weight.n / 2);
+        let Swiglu { a, rows, gate } = form;
+        let (stride, second) = match rows {
+            GateUp::Interleaved => (2, 1),
+            GateUp::Halves => (1, f),
+        };
         for part in &up.weight.parts {
-            let (first, count) = (part.first, part.count);
-            let op = MoeUp { format: up.weight.format, k, f, a, first, count, limit, alpha };
+            let (format, input, first, count) = (up.weight.format, x.format(), part.first, part.count);
+            let op = MoeUp { format, input, k, f, a, share, first, count, rows, gate };
             let launch = Launch::new(Op::MoeUp(op), &KERNEL, [f.div_ceil(8), self.tokens * a, 1])
                 .constant("K", k)
                 .constant("F", f)
-                .constant("A", a)
+                .constant("SHARE", share)
                 .constant("FIRST", first)
                 .constant("COUNT", count)
-                .constant("LIMIT", limit)
-                .constant("ALPHA", alpha)
-                .weight(up.weight.format, part)
-                .bias(Some(up.bias))
+                .constant("STRIDE", stride)
+                .constant("UP", second)
+                .weight(format, part)
+                .input(x)
+                .bias(up.bias)
+                .gate(gate)
                 .read("experts", experts)
-                .read("h", h)
                 .update("y", y);
             self.push(launch);
         }
@@ -67,29 +125,32 @@ impl Program {
 impl MoeUp {
     pub(crate) fn twin(&self, tokens: usize, views: &mut Views<'_>) {
         let w = views.matrix(self.format, self.k as usize);
-        let experts = &views.words("experts")[..tokens * self.a as usize];
-        self.reference(&w, views.bf16("bias"), experts, views.f32("h"), views.f32_mut("y"));
+        let routes = tokens * self.a as usize;
+        let experts = &views.words("experts")[..routes];
+        let bias = if views.has("bias") { views.bf16("bias") } else { &[] };
+        let x = views.input(self.input, routes / self.share as usize, self.k as usize);
+        self.reference(&w, bias, experts, &x, views.f32_mut("y"));
     }
 
-    /// `w [COUNT, 2F, K]`, `bias [E, 2F]`, `experts [T, A]`, `h [T, K]`, `y [T, A, F]`.
-    pub fn reference(&self, w: &Matrix<'_>, bias: &[half::bf16], experts: &[u32], h: &[f32], y: &mut [f32]) {
+    /// `w [COUNT, 2F, K]`, `bias [E, 2F]` or empty, `experts [T, A]`, `x [T A / SHARE, K]`, `y [T, A, F]`.
+    pub fn reference(&self, w: &Matrix<'_>, bias: &[half::bf16], experts: &[u32], x: &[f32], y: &mut [f32]) {
         let (k, f) = (self.k as usize, self.f as usize);
-        let (limit, alpha) = (f64::from(self.limit), f64::from(self.alpha));
         let mut row = vec![0.0; k];
         for (route, &expert) in experts.iter().enumerate() {
             if !(self.first..self.first + self.count).contains(&expert) {
                 continue;
             }
-            let h = &h[route / self.a as usize * k..][..k];
+            let x = &x[route / self.share as usize * k..][..k];
             let mut output = |r: usize| {
                 w.row((expert - self.first) as usize * 2 * f + r, &mut row);
-                dot(&row, h) + bias[expert as usize * 2 * f + r].to_f64()
+                dot(&row, x) + bias.get(expert as usize * 2 * f + r).map_or(0.0, |b| b.to_f64())
             };
             for i in 0..f {
-                let gate = output(2 * i);
-                let gate = if gate > limit { limit } else { gate }; // `min` would turn NaN into the limit
-                let up = output(2 * i + 1).clamp(-limit, limit);
-                y[route * f + i] = (gate / (1.0 + (-alpha * gate).exp()) * (up + 1.0)) as f32;
+                let (gate, up) = match self.rows {
+                    GateUp::Interleaved => (output(2 * i), output(2 * i + 1)),
+                    GateUp::Halves => (output(i), output(f + i)),
+                };
+                y[route * f + i] = self.gate.of(gate, up) as f32;
             }
         }
     }

@@ -14,6 +14,8 @@ pub struct Router {
     pub e: u32,
     /// Experts per token.
     pub a: u32,
+    /// Whether the weights are a softmax over the chosen scores; else over all of them (`norm_topk_prob` false).
+    pub normalise: bool,
 }
 
 /// Where tokens go: `experts [T, A]` u32 and `weights [T, A]` f32, largest first.
@@ -21,16 +23,17 @@ pub struct Router {
 pub struct Routes {
     /// Expert indices.
     pub experts: Slice,
-    /// Softmax over the chosen scores.
+    /// Softmax over the chosen scores, or over all.
     pub weights: Slice,
 }
 
 impl Program {
-    /// The A largest of `scores [T, E]` f32, and softmax over them.
+    /// The A largest of `scores [T, E]` f32, and their weights.
     pub fn router(&mut self, op: Router, scores: Slice, routes: Routes) {
         let launch = Launch::new(Op::Router(op), &KERNEL, [self.tokens, 1, 1])
             .constant("E", op.e)
             .constant("A", op.a)
+            .constant("ALL", u32::from(!op.normalise))
             .read("scores", scores)
             .write("experts", routes.experts)
             .write("weights", routes.weights);
@@ -51,8 +54,8 @@ impl Router {
             let mut order: Vec<usize> = (0..e).collect();
             order.sort_by(|i, j| (scores[*j] + 0.0).total_cmp(&(scores[*i] + 0.0)).then(i.cmp(j)));
             let top = f64::from(scores[order[0]]);
-            let exp: Vec<f64> = order[..a].iter().map(|i| (f64::from(scores[*i]) - top).exp()).collect();
-            let total: f64 = exp.iter().sum();
+            let exp: Vec<f64> = order.iter().map(|i| (f64::from(scores[*i]) - top).exp()).collect();
+            let total: f64 = exp[..if self.normalise { a } else { e }].iter().sum();
             for i in 0..a {
                 experts[t * a + i] = order[i] as u32;
                 weights[t * a + i] = (exp[i] / total) as f32;
@@ -67,7 +70,7 @@ mod tests {
 
     #[test]
     fn ties_go_to_the_lower_index() {
-        let op = Router { e: 5, a: 3 };
+        let op = Router { e: 5, a: 3, normalise: true };
         let (mut experts, mut weights) = ([9; 3], [f32::NAN; 3]);
         op.reference(&[1.0, 2.0, -0.0, 2.0, 0.0], &mut experts, &mut weights);
         assert_eq!(experts, [1, 3, 0]);

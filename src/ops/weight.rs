@@ -33,6 +33,19 @@ pub struct Part {
     pub codes: Slice,
     /// The block scales.
     pub scales: Option<Slice>,
+    /// An f32 for each row.
+    pub row_scales: Option<Slice>,
+}
+
+/// A weight's bytes in host memory, row-major, in as many pieces as the checkpoint has them (q, k and v).
+#[derive(Clone, Copy, Debug, Default)]
+pub struct WeightBytes<'a> {
+    /// The codes (for bf16: the values).
+    pub codes: &'a [&'a [u8]],
+    /// The block scales, where the format has any.
+    pub scales: &'a [&'a [u8]],
+    /// An f32 for each row of each expert, where the format has them.
+    pub row_scales: &'a [f32],
 }
 
 /// What a split of a weight must not cut.
@@ -43,17 +56,15 @@ enum Unit {
 }
 
 impl Weight {
-    /// Upload a matrix. `codes` and `scales` may come in several pieces (q, k and v), which are stacked by rows. A split
-    /// is by rows.
+    /// Upload a matrix, its pieces stacked by rows. A split is by rows.
     pub fn matrix(
         device: &Arc<dyn Device>,
         label: &str,
         format: Format,
         [n, k]: [u32; 2],
-        codes: &[&[u8]],
-        scales: &[&[u8]],
+        bytes: &WeightBytes<'_>,
     ) -> Result<Self> {
-        Self::upload(device, label, format, Unit::Row, [1, n, k], codes, scales)
+        Self::upload(device, label, format, Unit::Row, [1, n, k], bytes)
     }
 
     /// Upload the matrices of a layer's experts, one after the other. A split is by experts, also where there is one.
@@ -62,10 +73,9 @@ impl Weight {
         label: &str,
         format: Format,
         shape: [u32; 3],
-        codes: &[u8],
-        scales: &[u8],
+        bytes: &WeightBytes<'_>,
     ) -> Result<Self> {
-        Self::upload(device, label, format, Unit::Expert, shape, &[codes], &[scales])
+        Self::upload(device, label, format, Unit::Expert, shape, bytes)
     }
 
     fn upload(
@@ -74,14 +84,19 @@ impl Weight {
         format: Format,
         unit: Unit,
         [experts, n, k]: [u32; 3],
-        codes: &[&[u8]],
-        scales: &[&[u8]],
+        bytes: &WeightBytes<'_>,
     ) -> Result<Self> {
         let [wide_n, wide_k] = [n as usize, k as usize];
         let (code_bytes, scale_bytes) = (format.row_bytes(wide_k), format.scale_bytes(wide_k));
         let (units, rows) = if unit == Unit::Expert { (experts, wide_n) } else { (n, 1) };
-        let given: usize = codes.iter().map(|c| c.len()).sum();
-        assert_eq!(given, units as usize * rows * code_bytes, "{label}: the caller checked the shape");
+        let all_rows = units as usize * rows;
+        let given = |pieces: &[&[u8]]| pieces.iter().map(|c| c.len()).sum::<usize>();
+        let scaled_rows = if format.has_row_scale() { all_rows } else { 0 };
+        assert_eq!(
+            (given(bytes.codes), given(bytes.scales), bytes.row_scales.len()),
+            (all_rows * code_bytes, all_rows * scale_bytes, scaled_rows),
+            "{label}: the caller checked the shape"
+        );
         let limits = device.limits();
         let by_bytes = limits.max_binding_bytes / (rows * code_bytes) as u64;
         let by_grid = if unit == Unit::Expert { u64::MAX } else { u64::from(limits.max_grid) * 8 };
@@ -107,9 +122,13 @@ impl Weight {
                 buffers.push(buffer);
                 Ok(slice)
             };
-            let codes = put("codes", codes, rows * code_bytes)?;
-            let scales = if scale_bytes > 0 { Some(put("scales", scales, rows * scale_bytes)?) } else { None };
-            parts.push(Part { first, count, codes, scales });
+            let codes = put("codes", bytes.codes, rows * code_bytes)?;
+            let scales = if scale_bytes > 0 { Some(put("scales", bytes.scales, rows * scale_bytes)?) } else { None };
+            let row_scales = match format.has_row_scale() {
+                true => Some(put("row scales", &[bytemuck::cast_slice(bytes.row_scales)], rows * 4)?),
+                false => None,
+            };
+            parts.push(Part { first, count, codes, scales, row_scales });
             first += count;
         }
         Ok(Self { format, experts, n, k, parts, buffers })
@@ -160,14 +179,20 @@ impl Launch {
     pub(crate) fn weight(self, format: Format, part: &Part) -> Self {
         let file = match format {
             Format::Bf16 => "weights_bf16",
+            Format::Fp8 => "weights_fp8",
+            Format::Fp8Blocks => "weights_fp8_blocks",
             Format::Mxfp4 => "weights_mxfp4",
-            other => unreachable!("no kernel reads {other}; the loader refuses it"),
+            Format::Nvfp4 => "weights_nvfp4",
+            Format::F32 => unreachable!("no kernel reads f32 weights; the loader refuses them"),
         };
-        let launch = self.fill("weights", file).read("codes", part.codes);
-        match part.scales {
-            Some(scales) => launch.read("scales", scales),
-            None => launch,
+        let mut launch = self.fill("weights", file).read("codes", part.codes);
+        if let Some(scales) = part.scales {
+            launch = launch.read("scales", scales);
         }
+        if let Some(row_scales) = part.row_scales {
+            launch = launch.read("row_scales", row_scales);
+        }
+        launch
     }
 
     /// Bind a bias, or none, and fill slot `bias`.
@@ -189,13 +214,16 @@ pub struct Matrix<'a> {
     pub codes: &'a [u8],
     /// Block scales, row after row.
     pub scales: &'a [u8],
+    /// An f32 for each row, or none.
+    pub row_scales: &'a [f32],
 }
 
 impl Matrix<'_> {
     /// Row `row` as f32.
     pub fn row(&self, row: usize, out: &mut [f32]) {
         let (c, s) = (self.format.row_bytes(self.k), self.format.scale_bytes(self.k));
-        self.format.decode_row(&self.codes[row * c..][..c], &self.scales[row * s..][..s], 1.0, out);
+        let row_scale = if self.row_scales.is_empty() { 1.0 } else { self.row_scales[row] };
+        self.format.decode_row(&self.codes[row * c..][..c], &self.scales[row * s..][..s], row_scale, out);
     }
 }
 
@@ -204,7 +232,8 @@ impl<'a> super::Views<'a> {
     pub fn matrix(&mut self, format: Format, k: usize) -> Matrix<'a> {
         let codes = bytemuck::cast_slice(self.words("codes"));
         let scales = if self.has("scales") { bytemuck::cast_slice(self.words("scales")) } else { &[] };
-        Matrix { format, k, codes, scales }
+        let row_scales = if self.has("row_scales") { self.f32("row_scales") } else { &[] };
+        Matrix { format, k, codes, scales, row_scales }
     }
 }
 

@@ -36,7 +36,7 @@ pub(super) fn attend(
     let a = t.output(tokens * (h * dh) as usize)?;
     let op = Attention { h, hk, dh, window, capacity: cache.capacity, format: cache.format };
     let mut p = program(tokens);
-    p.attention(op, rows, qkv, cache, sinks, a);
+    p.attention(op, rows, qkv, cache, Some(sinks), a);
     Ok(floats(&t.run(&p, a)?))
 }
 

@@ -1,6 +1,7 @@
 //! Known answers of matmuls, embedding, routing, experts and scatter.
 
 use super::*;
+use crate::ops::Swiglu;
 
 /// Weights 1.5 and inputs 1.5: 2.25 K, as in seed 2's "72.0 = 1.5^2 x K".
 pub(super) fn uniform_fp4(t: &mut Trial<'_>) -> Result<()> {
@@ -196,7 +197,7 @@ pub(super) fn route(t: &mut Trial<'_>, scores: &[f32]) -> Result<(Vec<u32>, Vec<
     let routes = Routes { experts: t.output(tokens * a)?, weights: t.output(tokens * a)? };
     let scores = t.input(scores)?;
     let mut p = program(tokens);
-    p.router(Router { e: e as u32, a: a as u32 }, scores, routes);
+    p.router(Router { e: e as u32, a: a as u32, normalise: true }, scores, routes);
     let experts = t.run(&p, routes.experts)?;
     Ok((experts, floats(&t.read(routes.weights)?)))
 }
@@ -259,11 +260,11 @@ pub(super) fn gate_and_up(t: &mut Trial<'_>, h: &[f32]) -> Result<Vec<f32>> {
     };
     let weight = t.mxfp4([e, 2 * f, k], |row, i| code(row % (2 * f), i), |_, _| UNIT)?;
     let bias = t.input(&bf16s((0..e * 2 * f).map(|i| if i % 2 == 1 { (i / (2 * f)) as f64 } else { 0.0 })))?;
-    let up = Experts { weight, bias };
+    let up = Experts { weight, bias: Some(bias), input_scale: None };
     let chosen: Vec<u32> = (0..tokens).map(|token| (token % e) as u32).collect();
     let (chosen, h, y) = (t.input(&chosen)?, t.input(h)?, t.output(tokens * f)?);
     let mut p = program(tokens);
-    p.moe_up(&up, 1, [7.0, 1.702], chosen, [h, y]);
+    p.moe_up(&up, Swiglu::gpt_oss(1, [7.0, 1.702]), chosen, (h, 1), y);
     Ok(floats(&t.run(&p, y)?))
 }
 
@@ -307,7 +308,7 @@ pub(super) fn experts(t: &mut Trial<'_>) -> Result<()> {
     let (e, d, k, a, tokens) = (5, 19, 64, 2, 5);
     let weight = t.mxfp4([e, d, k], |_, _| ONE, |row, _| UNIT + (row / d) as u8)?;
     let bias = t.input(&bf16s((0..e * d).map(|i| i as f64)))?;
-    let down = Experts { weight, bias };
+    let down = Experts { weight, bias: Some(bias), input_scale: None };
     let expert = |route: usize| [4, 0, 2, 3, 1, 4, 0, 1, 3, 2][route];
     let chosen: Vec<u32> = (0..tokens * a).map(|route| expert(route) as u32).collect();
     let x: Vec<f32> = (0..tokens * a * k).map(|i| (i / k + 1) as f32).collect();

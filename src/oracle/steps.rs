@@ -1,6 +1,7 @@
 //! Known answers of the small stages, and of a few stages run together: the same bits twice, no old scratch.
 
 use super::*;
+use crate::ops::Swiglu;
 
 /// A row of one element 16 and 255 zeros has mean square 1: the gain comes out at its place. Rows of threes become the gain.
 pub(super) fn rms_norm(t: &mut Trial<'_>) -> Result<()> {
@@ -56,7 +57,8 @@ pub(super) fn block(t: &mut Trial<'_>, scratch: f32, times: usize) -> Result<Vec
     let down = t.mxfp4([e, d, d], |row, i| code(row + 7, i + 1), scale)?;
     let up_bias = t.input(&bf16s((0..e * 2 * d).map(|i| uneven(i) / 32.0)))?;
     let down_bias = t.input(&bf16s((0..e * d).map(|i| uneven(i + 9) / 32.0)))?;
-    let (up, down) = (Experts { weight: up, bias: up_bias }, Experts { weight: down, bias: down_bias });
+    let experts = |weight, bias| Experts { weight, bias: Some(bias), input_scale: None };
+    let (up, down) = (experts(up, up_bias), experts(down, down_bias));
     // Inputs of this step, and behind them whatever an earlier step left.
     let x: Vec<f32> = (0..room * d).map(|i| if i < tokens * d { exact(uneven(i) / 16.0) } else { scratch }).collect();
     let step = t.input(&[Step { tokens: tokens as u32, pad: [0; 3] }])?;
@@ -68,8 +70,8 @@ pub(super) fn block(t: &mut Trial<'_>, scratch: f32, times: usize) -> Result<Vec
     let mut p = program(tokens);
     p.rms_norm(RmsNorm { d: d as u32, eps: 1e-5 }, x, gain, normed);
     p.linear(step, &router, None, normed, scores);
-    p.router(Router { e: e as u32, a: a as u32 }, scores, routes);
-    p.moe_up(&up, a as u32, [7.0, 1.702], routes.experts, [normed, inner]);
+    p.router(Router { e: e as u32, a: a as u32, normalise: true }, scores, routes);
+    p.moe_up(&up, Swiglu::gpt_oss(a as u32, [7.0, 1.702]), routes.experts, (normed, a as u32), inner);
     p.moe_down(&down, a as u32, routes.experts, inner, outer);
     p.moe_scatter(MoeScatter { a: a as u32, d: d as u32 }, routes, outer, sum);
     let widths =

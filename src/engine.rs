@@ -1,11 +1,11 @@
 //! The engine (weights on a device, shared, never changed) and its sessions (tokens, cache, the decode loop).
 
-use crate::checkpoint::{Checkpoint, Mapping};
+use crate::checkpoint::{Checkpoint, Mapping, ScaleOrder};
 use crate::config::{Config, GenerationConfig};
 use crate::device::{self, Buffer, Device, cpu::Cpu, gpu};
 use crate::error::{Error, Result};
-use crate::model::{GptOss, Plan, Progress, State};
-use crate::ops::{CacheFormat, Row, STATS_WORDS, Step};
+use crate::model::{Found, Model, Plan, Progress, State};
+use crate::ops::{Activations, CacheFormat, Row, STATS_WORDS, Step};
 use crate::oracle;
 use crate::program::{HostStages, Program, Slice, Stage};
 use crate::reply::{Reply, ReplyOptions};
@@ -50,6 +50,8 @@ pub struct EngineBuilder {
     chunk: Option<usize>,
     cache: CacheFormat,
     host: HostStages,
+    activations: Activations,
+    scale_order: ScaleOrder,
     progress: Box<dyn FnMut(Progress)>,
 }
 
@@ -102,6 +104,18 @@ impl EngineBuilder {
         self
     }
 
+    /// What enters the products with NVFP4 weights: f32 unless asked otherwise, which is right for every checkpoint.
+    pub fn activations(mut self, activations: Activations) -> Self {
+        self.activations = activations;
+        self
+    }
+
+    /// The order of NVFP4 block scales in the file: row-major, unless a tool wrote them swizzled.
+    pub fn scale_order(mut self, order: ScaleOrder) -> Self {
+        self.scale_order = order;
+        self
+    }
+
     /// Called while weights go to the device.
     pub fn progress(mut self, see: impl FnMut(Progress) + 'static) -> Self {
         self.progress = Box::new(see);
@@ -115,17 +129,24 @@ impl EngineBuilder {
             Source::DefaultDraft => crate::default_model::draft()?,
             Source::Dir(dir) => Checkpoint::open(dir, self.mapping)?,
         };
-        let config = Config::from_json(&checkpoint.path("config.json"), checkpoint.require("config.json")?)?;
+        let config = Config::open(&checkpoint)?;
         let Text { tokenizer, chat, generation } = Text::load(&checkpoint, &config)?;
         let limit = config.max_position_embeddings;
         let context = self.context.unwrap_or(DEFAULT_CONTEXT.min(limit));
         let chunk = self.chunk.unwrap_or(DEFAULT_CHUNK);
         let clamp = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
-        let mut plan = Plan { context: clamp(context), chunk: clamp(chunk), cache: self.cache, host: self.host };
+        let mut plan = Plan {
+            context: clamp(context),
+            chunk: clamp(chunk),
+            cache: self.cache,
+            host: self.host,
+            activations: self.activations,
+            scale_order: self.scale_order,
+        };
         plan.check(&config)?;
         plan.chunk = plan.chunk.min(plan.context);
         let (device, fallback) = open_device(&self.device)?;
-        let model = GptOss::load(&checkpoint, config, &device, plan.context, &mut self.progress)?;
+        let model = Model::load(&checkpoint, config, &device, &plan, &mut self.progress)?;
         let name = checkpoint.name().to_owned();
         Ok(Engine { inner: Arc::new(Inner { name, device, fallback, model, plan, tokenizer, chat, generation }) })
     }
@@ -159,7 +180,7 @@ struct Inner {
     name: String,
     device: Arc<dyn Device>,
     fallback: Option<String>,
-    model: GptOss,
+    model: Model,
     plan: Plan,
     tokenizer: Option<Tokenizer>,
     chat: Option<ChatFormat>,
@@ -177,6 +198,8 @@ impl Engine {
             chunk: None,
             cache: CacheFormat::default(),
             host: HostStages::default(),
+            activations: Activations::default(),
+            scale_order: ScaleOrder::default(),
             progress: Box::new(|_| ()),
         }
     }
@@ -194,6 +217,16 @@ impl Engine {
     /// What the checkpoint recommends for sampling, and where it stops.
     pub fn generation(&self) -> &GenerationConfig {
         &self.inner.generation
+    }
+
+    /// What the checkpoint holds besides weights: calibrated scales, counts by format.
+    pub fn found(&self) -> &Found {
+        self.inner.model.found()
+    }
+
+    /// What enters the products with NVFP4 weights.
+    pub fn activations(&self) -> Activations {
+        self.inner.plan.activations
     }
 
     /// The device that computes.
@@ -392,7 +425,7 @@ impl Session {
             device.read(slice, &mut bytes)?;
             Ok((slice, bytes))
         };
-        let rings = self.engine.inner.model.rings(&self.state).map(read).collect::<Result<_>>()?;
+        let rings = self.state.rings().map(read).collect::<Result<_>>()?;
         self.mark = Some(Mark { tokens: self.tokens.clone(), written: self.written, rings });
         Ok(())
     }
@@ -401,9 +434,8 @@ impl Session {
     fn return_to_mark(&mut self, shared: usize) -> Result<()> {
         let Some(mark) = &self.mark else { return Ok(()) };
         let len = mark.tokens.len();
-        let model = &self.engine.inner.model;
-        let plan = &self.engine.inner.plan;
-        if len > shared || self.tokens[..len] != mark.tokens || model.can_cut(plan, shared, self.written) {
+        let (config, plan) = (self.engine.config(), &self.engine.inner.plan);
+        if len > shared || self.tokens[..len] != mark.tokens || plan.can_cut(config, shared, self.written) {
             return Ok(());
         }
         // Should a write fail, the rings are a mixture: then nothing of the conversation is held any more.
@@ -423,7 +455,7 @@ impl Session {
             return;
         }
         let len = len.min(self.tokens.len());
-        if len > 0 && self.engine.inner.model.can_cut(&self.engine.inner.plan, len, self.written) {
+        if len > 0 && self.engine.inner.plan.can_cut(self.engine.config(), len, self.written) {
             self.tokens.truncate(len);
         } else {
             self.clear();
@@ -433,7 +465,10 @@ impl Session {
     /// Keep what the cache shares with `prompt`, but leave at least its last token to compute. Gives what is left.
     pub fn reuse<'p>(&mut self, prompt: &'p [TokenId]) -> Result<&'p [TokenId]> {
         let shared = self.tokens.iter().zip(prompt).take_while(|(a, b)| a == b).count();
-        let shared = shared.min(prompt.len().saturating_sub(1));
+        let mut shared = shared.min(prompt.len().saturating_sub(1));
+        if self.engine.activations() == Activations::Nvfp4Dynamic {
+            shared = 0; // a prompt is one step
+        }
         self.return_to_mark(shared)?;
         self.cut(shared);
         Ok(&prompt[self.tokens.len()..])
@@ -480,6 +515,18 @@ impl Session {
 
     fn check(&self, tokens: &[TokenId]) -> Result<()> {
         let (context, vocab) = (self.engine.context(), self.engine.config().vocab_size);
+        if self.engine.activations() == Activations::Nvfp4Dynamic && tokens.len() > 1 {
+            let chunk = self.chunk();
+            if !self.tokens.is_empty() || tokens.len() > chunk {
+                let reason = format!(
+                    "\"nvfp4-dynamic\" has one scale for all rows of a step, so a prompt must be one step from an empty \
+                     conversation ({} tokens here, {} held, chunk {chunk}): raise the chunk, or use \"nvfp4-token\"",
+                    tokens.len(),
+                    self.tokens.len(),
+                );
+                return Err(Error::option("activations", reason));
+            }
+        }
         if let Some(id) = tokens.iter().find(|id| **id as usize >= vocab) {
             return Err(Error::option("tokens", format!("{id} is not a token: the model has {vocab}")));
         }

@@ -22,6 +22,7 @@ mod default_model;
 pub mod device;
 mod engine;
 mod error;
+pub mod eval;
 pub mod format;
 // The engine's inside, open for tests and tools and no promise: a program that is not recorded by a model can index past
 // its slices, which the GPU does not check unless asked to (`Options::checked_shaders`).
@@ -32,6 +33,7 @@ pub mod ops;
 pub mod oracle;
 #[doc(hidden)]
 pub mod program;
+pub mod quantize;
 mod reply;
 pub mod sampler;
 #[doc(hidden)]
@@ -46,8 +48,8 @@ pub use engine::{
     Cancel, DEFAULT_CHUNK, DEFAULT_CONTEXT, DeviceChoice, Edit, Engine, EngineBuilder, See, Session, Want, Watch,
 };
 pub use error::{Error, Result};
-pub use model::Progress;
-pub use ops::CacheFormat;
+pub use model::{Found, InputScale, Progress};
+pub use ops::{Activations, CacheFormat};
 pub use program::HostStages;
 pub use reply::{Finish, Reply, ReplyOptions, Stats, Token};
 pub use sampler::Sampling;

@@ -5,13 +5,17 @@ mod harness; // device or visible failure, inputs, comparison (itself tested)
 mod checkpoint; // malformed files: every one a clear error, in time, with no panic
 mod cli; // the binary as a user meets it
 mod engine; // sessions: chunks, reuse, cutting back, cancelling, errors, several engines on one device
+mod eval; // perplexity and divergence against plain sums; windows, references, the command
+mod families; // Qwen3-MoE, Qwen3, Llama: every producer and mode against goldens of other people's code
 mod faults; // planted faults, each of which `bisect` must name
 mod format; // number formats against outside vectors, exhaustively
 mod kernels; // every kernel x shape x slot filling against its twin; bits independent of neighbours
 mod models; // tiny checkpoints: GPU = twins = golden of other people's code
 mod mutator; // breaks checkpoints for `checkpoint`
 mod oracle; // known answers: every device right, every wrong device noticed; the trace that transformers recorded
+mod quantize; // FP4 checkpoints that are made: names, bytes, exact casts, errors
 mod shaders; // all slot fillings compose, validate, translate; Rust and WGSL agree on bindings (no GPU needed)
+mod stored; // weights with their scales: every producer's tensors, every broken scale an error
 mod text; // tokenizer, templates, Harmony against outside vectors
 mod tidy; // the rules of the code base that a machine can check
 mod trace_diff; // traces: their file, and what `diff` finds between two

@@ -597,7 +597,8 @@ fn layouts(cases: &mut Cases) {
     ] {
         cases.add(format!("{file}: {text}"), &[file], |f| f.write(file, text.as_bytes()));
     }
-    for (file, mib) in [(CONFIG, 1), ("tokenizer_config.json", 1), ("chat_template.jinja", 1), ("tokenizer.json", 64)] {
+    for (file, mib) in [(CONFIG, 16), ("tokenizer_config.json", 1), ("chat_template.jinja", 1), ("tokenizer.json", 64)]
+    {
         cases.add(format!("{file}: too large"), &[file, "at most"], |f| {
             f.write(file, b"");
             // Sparse: takes no disk.

@@ -2,7 +2,7 @@
 //!
 //! A checkpoint is a Hugging Face directory: `config.json`, and `model.safetensors` or the shards that
 //! `model.safetensors.index.json` names. Everything is checked once, at open; what is wrong is one error that names the
-//! file and the tensor. Nothing is copied and nothing is decoded here.
+//! file and the tensor. Nothing is copied and nothing is decoded here; `stored.rs` says what belongs to one weight.
 
 mod bytes;
 mod dtype;
@@ -10,6 +10,7 @@ mod header;
 mod index;
 pub(crate) mod json;
 mod scales;
+mod stored;
 
 use std::collections::{BTreeMap, HashSet};
 use std::ops::Range;
@@ -18,7 +19,8 @@ use std::path::Path;
 use serde_json::Value;
 
 pub use self::dtype::Dtype;
-pub use self::scales::{check_e8m0, check_finite_bf16};
+pub use self::scales::{check_e4m3_scales, check_e8m0, check_finite_bf16};
+pub use self::stored::{KvScales, RowScales, ScaleOrder, Stored};
 
 use self::bytes::Bytes;
 use self::index::Index;
@@ -30,8 +32,10 @@ const TEMPLATE: &str = "chat_template.jinja";
 const TOKENIZER_CONFIG: &str = "tokenizer_config.json";
 
 /// The files beside the weights that a checkpoint may have, and the most bytes that each may take.
-const SIDE_FILES: [(&str, u64); 5] = [
-    ("config.json", MIB),
+const SIDE_FILES: [(&str, u64); 6] = [
+    ("config.json", 16 * MIB),
+    // Some list every projection of every expert.
+    ("hf_quant_config.json", 16 * MIB),
     ("generation_config.json", MIB),
     ("tokenizer.json", 64 * MIB),
     (TOKENIZER_CONFIG, MIB),
@@ -119,7 +123,7 @@ impl Checkpoint {
         &self.name
     }
 
-    /// A side file's bytes: `config.json`, `generation_config.json`, `tokenizer.json`, `tokenizer_config.json` or
+    /// A side file's bytes: `config.json`, `hf_quant_config.json`, `generation_config.json`, `tokenizer.json`, `tokenizer_config.json` or
     /// `chat_template.jinja` (for which the `chat_template` inside `tokenizer_config.json` stands in).
     pub fn file(&self, name: &str) -> Option<&[u8]> {
         self.side.get(name).map(|bytes| &**bytes)
@@ -544,8 +548,8 @@ mod tests {
         fails(Checkpoint::embedded("toy", &[(SINGLE, weights)]), "toy/config.json: is missing");
         fails(Checkpoint::embedded("toy", &[config, config, (SINGLE, weights)]), "twice");
         fails(Checkpoint::embedded("toy", &[config, (SINGLE, &weights[..20])]), "toy/model.safetensors");
-        let big: &'static [u8] = vec![b' '; MIB as usize + 1].leak();
-        fails(Checkpoint::embedded("toy", &[("config.json", big), (SINGLE, weights)]), "at most 1048576");
+        let big: &'static [u8] = vec![b' '; 16 * MIB as usize + 1].leak();
+        fails(Checkpoint::embedded("toy", &[("config.json", big), (SINGLE, weights)]), "at most 16777216");
     }
 
     #[test]

@@ -1,5 +1,5 @@
-//! Block scales as they lie on disk: E8M0 bytes, of which 255 is NaN and has no place in a checkpoint, and 253 and 254
-//! take FP4 values past f32's range.
+//! Scales and codes as they lie on disk. E8M0: 255 is NaN and has no place in a checkpoint, and 253 and 254 take FP4
+//! values past f32's range. E4M3: 127 and 255 are NaN, and a block scale is not negative.
 
 use super::{Dtype, TensorView};
 use crate::error::{Error, Result};
@@ -16,11 +16,29 @@ pub fn check_e8m0(scales: &TensorView) -> Result<()> {
     }
     let Some(position) = find_above(scales.bytes, LARGEST) else { return Ok(()) };
     let found = scales.bytes[position];
-    let mut rest = position;
-    let mut index: Vec<usize> = scales.shape.iter().rev().map(|&d| (rest % d, rest /= d).0).collect();
-    index.reverse();
+    let index = index_of(position, scales.shape);
     let what = if found == 255 { "NaN" } else { "too large for f32" };
     Err(fault(format!("the E8M0 scale at {index:?} is {found}, which is {what}: the checkpoint is damaged")))
+}
+
+/// Refuses NVFP4 block scales `bytes`, row-major with `n_blocks` a row, of which one is NaN or negative; the error gives
+/// `[row, block]`. `scales` is the tensor that they come from, for the message.
+pub fn check_e4m3_scales(scales: &TensorView, bytes: &[u8], n_blocks: usize) -> Result<()> {
+    // Above the largest number, 448, come NaN, negative zero, all negative numbers, and NaN again.
+    let Some(at) = find_above(bytes, 0x7e) else { return Ok(()) };
+    let (found, index) = (bytes[at], [at / n_blocks, at % n_blocks]);
+    let what = if found & 0x7f == 0x7f { "NaN" } else { "negative" };
+    let reason = format!("the E4M3 scale at {index:?} is {found:#04x}, which is {what}: the checkpoint is damaged");
+    Err(Error::tensor(scales.file, super::json::name(scales.name), reason))
+}
+
+/// Refuses FP8 codes of which one is NaN; the error gives its index.
+pub(super) fn check_e4m3_codes(codes: &TensorView) -> Result<()> {
+    let Some(at) = find(codes.bytes, |b| b & 0x7f == 0x7f) else { return Ok(()) };
+    let index = index_of(at, codes.shape);
+    let reason =
+        format!("the E4M3 code at {index:?} is {:#04x}, which is NaN: the checkpoint is damaged", codes.bytes[at]);
+    Err(Error::tensor(codes.file, super::json::name(codes.name), reason))
 }
 
 /// Refuses a bf16 tensor (a norm's gain, a bias, sinks) with a NaN or an infinity: it would reach every token.
@@ -31,13 +49,25 @@ pub fn check_finite_bf16(values: &TensorView) -> Result<()> {
     Err(Error::tensor(values.file, super::json::name(values.name), reason))
 }
 
-/// The first byte above `limit`. Whole chunks are tested without a branch a byte, so that the compiler uses vectors.
+/// Where the element at `position` stands in a tensor of this shape.
+fn index_of(position: usize, shape: &[usize]) -> Vec<usize> {
+    let mut rest = position;
+    let mut index: Vec<usize> = shape.iter().rev().map(|&d| (rest % d, rest /= d).0).collect();
+    index.reverse();
+    index
+}
+
 fn find_above(bytes: &[u8], limit: u8) -> Option<usize> {
+    find(bytes, |b| b > limit)
+}
+
+/// The first bad byte. Whole chunks are tested without a branch a byte, so that the compiler uses vectors.
+fn find(bytes: &[u8], bad: impl Fn(u8) -> bool) -> Option<usize> {
     const CHUNK: usize = 256;
-    let hit = |chunk: &[u8]| chunk.iter().fold(false, |any, &b| any | (b > limit));
+    let hit = |chunk: &[u8]| chunk.iter().fold(false, |any, &b| any | bad(b));
     let chunk = bytes.chunks(CHUNK).position(hit)?;
     let from = chunk * CHUNK;
-    bytes[from..].iter().position(|&b| b > limit).map(|i| from + i)
+    bytes[from..].iter().position(|&b| bad(b)).map(|i| from + i)
 }
 
 #[cfg(test)]

@@ -4,9 +4,11 @@ mod bisect;
 mod chat;
 mod devices;
 mod diff;
+mod eval;
 mod inspect;
 mod interrupt;
 mod oracle;
+mod quantize;
 mod run;
 mod screen;
 mod terminal;
@@ -24,6 +26,8 @@ Examples:
   fourfold run \"Tell me a story about a fox\"    one answer, then exit
   fourfold run --model ~/models/gpt-oss-20b     chat with another model
   fourfold inspect ~/models/gpt-oss-20b         what a checkpoint holds, and whether it is sound
+  fourfold quantize SRC DST --format nvfp4      make an FP4 checkpoint of a bf16 one
+  fourfold eval --text FILE                     perplexity on a text
   fourfold trace --prompt \"Hi\" -o a.safetensors  record every stage of a run
   fourfold diff a.safetensors b.safetensors     where two traces part
   fourfold bisect --prompt \"Hi\"                the stage that is wrong by itself: GPU against twins
@@ -57,6 +61,10 @@ enum Command {
     Run(Box<run::Args>),
     /// Show what a checkpoint holds, whether it is sound, and what will go where
     Inspect(inspect::Args),
+    /// Make an FP4 checkpoint: bf16 to MXFP4 or NVFP4, MXFP4 to NVFP4
+    Quantize(Box<quantize::Args>),
+    /// Perplexity on a text, and how far a model is from a reference
+    Eval(Box<eval::Args>),
     /// Run a prompt and record every stage of every layer
     Trace(Box<trace::Args>),
     /// Compare two traces: the first stage, token and element where they part
@@ -106,6 +114,8 @@ pub(crate) fn main() -> ExitCode {
     let done = match command.expect("the parser was given one") {
         Command::Run(args) => run::run(&args, started),
         Command::Inspect(args) => inspect::inspect(&args),
+        Command::Quantize(args) => quantize::quantize(&args, cli.verbose > 0),
+        Command::Eval(args) => eval::eval(&args),
         Command::Trace(args) => trace::trace(&args),
         Command::Diff(args) => diff::diff(&args),
         Command::Bisect(args) => bisect::bisect(&args),

@@ -4,6 +4,7 @@
 
 pub mod cpu;
 pub mod gpu;
+pub mod rehearsal;
 
 use crate::error::Result;
 use crate::ops::Views;

@@ -13,6 +13,9 @@ pub const BLOCK_BYTES: usize = BLOCK / 2;
 /// Exponent of the largest power of two that E2M1 has (4 = 2^2).
 const EMAX: i32 = 2;
 
+/// The largest scale with which every code is a finite f32.
+const MAX_SCALE: u8 = 252;
+
 /// Decodes one block. Scale 255 gives NaN everywhere; scales of 253 and 254 overflow the large codes to infinity.
 pub fn decode(block: &[u8; BLOCK_BYTES], scale: u8, out: &mut [f32; BLOCK]) {
     let scale = e8m0::decode(scale);
@@ -40,6 +43,34 @@ pub fn decode_row(codes: &[u8], scales: &[u8], out: &mut [f32]) {
 pub fn encode(x: &[f32; BLOCK]) -> Result<([u8; BLOCK_BYTES], u8), NotFinite> {
     require_finite(x)?;
     let scale = e8m0::from_amax(amax(x), EMAX);
+    Ok((codes(x, scale), scale))
+}
+
+/// As [`encode`], with the scale that gives the least squared error, out of the rule's own and its two neighbours. Never
+/// worse than [`encode`], which wins a tie.
+///
+/// # Errors
+/// [`NotFinite`] at the first NaN or infinity.
+pub fn encode_least(x: &[f32; BLOCK]) -> Result<([u8; BLOCK_BYTES], u8), NotFinite> {
+    let rule = encode(x)?;
+    let error = |(block, scale): &([u8; BLOCK_BYTES], u8)| -> f64 {
+        let mut y = [0.0; BLOCK];
+        decode(block, *scale, &mut y);
+        x.iter().zip(y).map(|(v, y)| (f64::from(y) - f64::from(*v)).powi(2)).sum()
+    };
+    let (mut best, mut least) = (rule, error(&rule));
+    for scale in [rule.1.saturating_sub(1), (rule.1 + 1).min(MAX_SCALE)] {
+        let this = (codes(x, scale), scale);
+        let off = error(&this);
+        if off < least {
+            (best, least) = (this, off);
+        }
+    }
+    Ok(best)
+}
+
+/// The nearest codes under a scale.
+fn codes(x: &[f32; BLOCK], scale: u8) -> [u8; BLOCK_BYTES] {
     let per_unit = 1.0 / f64::from(e8m0::decode(scale));
     let mut block = [0; BLOCK_BYTES];
     for (byte, pair) in block.iter_mut().zip(x.as_chunks::<2>().0) {
@@ -47,7 +78,7 @@ pub fn encode(x: &[f32; BLOCK]) -> Result<([u8; BLOCK_BYTES], u8), NotFinite> {
         let [low, high] = pair.map(|v| e2m1::encode((f64::from(v) * per_unit) as f32));
         *byte = low | high << 4;
     }
-    Ok((block, scale))
+    block
 }
 
 /// Encodes a row of K elements, K a multiple of 32, to `[K/2]` code bytes and `[K/32]` scales.
@@ -74,6 +105,29 @@ mod tests {
         (x[0], x[1], x[31]) = (-7.9, 0.5, 1.0);
         let (block, scale) = encode(&x).unwrap();
         assert_eq!((block[0], block[15], scale), (0x1f, 0x20, 127)); // -7.9 saturates to -6
+    }
+
+    #[test]
+    fn the_least_error_is_never_more_than_the_rule_s() {
+        let error = |x: &[f32; BLOCK], (block, scale): ([u8; BLOCK_BYTES], u8)| -> f64 {
+            let mut y = [0.0; BLOCK];
+            decode(&block, scale, &mut y);
+            x.iter().zip(y).map(|(a, b)| (f64::from(*a) - f64::from(b)).powi(2)).sum()
+        };
+        let (mut seed, mut better) = (1u32, 0);
+        for _ in 0..1000 {
+            let x: [f32; BLOCK] = std::array::from_fn(|_| {
+                seed = seed.wrapping_mul(1664525).wrapping_add(1013904223);
+                (seed >> 8) as f32 / 8388608.0 - 1.0
+            });
+            let x = x.map(|v| v * (1.0 + (seed >> 20) as f32));
+            let (rule, least) = (error(&x, encode(&x).unwrap()), error(&x, encode_least(&x).unwrap()));
+            assert!(least <= rule, "{least} {rule}");
+            better += usize::from(least < rule);
+        }
+        assert!(better > 50, "only {better} of 1000 became better: the search does nothing");
+        assert_eq!(encode_least(&[0.0; BLOCK]), encode(&[0.0; BLOCK]));
+        assert!(encode_least(&[f32::MAX; BLOCK]).unwrap().1 <= MAX_SCALE);
     }
 
     #[test]

@@ -1,12 +1,12 @@
 //! NVFP4: blocks of 16 E2M1 codes in 8 bytes with one E4M3 scale, and one f32 for the whole tensor,
 //! value = e2m1(code) * (e4m3(scale) * multiplier).
 //!
-//! Owns decoding, the two writers of weights found in checkpoints, the quantiser of activations (W4A4), and the 128x4
+//! Owns decoding, the two writers of weights found in checkpoints, the cast from MXFP4, the quantiser of activations (W4A4), and the 128x4
 //! order of block scales that native NVFP4 matrix units want. On disk scales are row-major, one row of K/16 per row
 //! of weights. Sources: NVIDIA ModelOpt 0.47 `nvfp4_tensor.py`, compressed-tensors 0.20 `fp4_utils.py`, vLLM 0.33
 //! `nvfp4_emulation_utils.py`, Transformer Engine `swizzle.h`.
 
-use super::{NotFinite, amax, bf16, e2m1, e4m3, require_finite};
+use super::{NotFinite, amax, bf16, e2m1, e4m3, mxfp4, require_finite};
 
 /// Elements that share a scale.
 pub const BLOCK: usize = 16;
@@ -81,15 +81,115 @@ pub fn encode_modelopt(w: &[f32]) -> Result<Encoded, NotFinite> {
     let global = amax(w) / MAX;
     let mut encoded = Encoded::with_room_for(w, Global::Multiplier(global));
     for block in whole_blocks(w) {
-        let scale = match amax(block) / (e2m1::MAX * global) {
-            s if s == 0.0 || s.is_nan() => 1.0, // NaN is 0/0: a tensor of zeros, or one too small for its own scale
-            s => s.clamp(MIN_SCALE, e4m3::MAX),
-        };
-        let scale = e4m3::encode(scale);
-        let unit = e4m3::decode(scale) * global;
-        encoded.push(scale, block.map(|v| if v == 0.0 { 0 } else { e2m1::encode(quotient(v, unit)) }));
+        let scale = block_scale(block, e2m1::MAX, global);
+        encoded.push(scale, block_codes(block, scale, global));
     }
     Ok(encoded)
+}
+
+/// Encodes one block of finite elements against the multiplier of its tensor, which may be shared with other tensors and
+/// so larger than its own amax asks for. The rules are those of [`encode_modelopt`].
+pub fn encode_block(block: &[f32; BLOCK], multiplier: f32) -> ([u8; BLOCK_BYTES], u8) {
+    let scale = block_scale(block, e2m1::MAX, multiplier);
+    (packed(&block_codes(block, scale, multiplier)), scale)
+}
+
+/// As [`encode_block`], with the scale that gives the least squared error: every code from a little below amax/6 to a
+/// little above amax/4 ("four over six") is tried. Never worse than [`encode_block`], which wins a tie.
+pub fn encode_block_least(block: &[f32; BLOCK], multiplier: f32) -> ([u8; BLOCK_BYTES], u8) {
+    let nearest = block_scale(block, e2m1::MAX, multiplier);
+    let error = |scale: u8, codes: &[u8; BLOCK]| -> f64 {
+        let unit = e4m3::decode(scale) * multiplier;
+        let off = |(v, code): (&f32, &u8)| f64::from(e2m1::decode(*code) * unit) - f64::from(*v);
+        block.iter().zip(codes).map(off).map(|e| e * e).sum()
+    };
+    let mut best = (nearest, block_codes(block, nearest, multiplier));
+    let mut least = error(best.0, &best.1);
+    let (lowest, highest) = (nearest.saturating_sub(2).max(1), block_scale(block, 4.0, multiplier) + 1);
+    for scale in lowest..=highest.min(LARGEST_SCALE) {
+        let codes = block_codes(block, scale, multiplier);
+        let this = error(scale, &codes);
+        if this < least {
+            (best, least) = ((scale, codes), this);
+        }
+    }
+    (packed(&best.1), best.0)
+}
+
+/// The exponent m of the multiplier 2^m with which an MXFP4 tensor of these blocks becomes NVFP4 ([`from_mxfp4`]): the
+/// largest block exponent less 8. Blocks of zeros do not count; a tensor of nothing else gives `None`.
+///
+/// # Panics
+/// If the lengths do not fit each other.
+pub fn mxfp4_exponent(codes: &[u8], scales: &[u8]) -> Option<i32> {
+    assert_eq!(codes.len(), scales.len() * mxfp4::BLOCK_BYTES, "whole MXFP4 blocks");
+    let blocks = codes.as_chunks::<{ mxfp4::BLOCK_BYTES }>().0.iter().zip(scales);
+    let largest = blocks.filter(|(block, _)| !is_zero(*block)).map(|(_, scale)| i32::from(*scale)).max()?;
+    // 2^-126 is the least f32 that every device keeps.
+    Some((largest - 127 - 8).max(-126))
+}
+
+/// An MXFP4 row in NVFP4.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Cast {
+    /// Packed codes, `[K/2]`: those of the MXFP4 row where the cast is exact.
+    pub codes: Vec<u8>,
+    /// E4M3 scales, `[K/16]`.
+    pub scales: Vec<u8>,
+    /// MXFP4 blocks that E4M3 scales cannot say exactly, which were encoded to nearest.
+    pub n_inexact: usize,
+}
+
+/// Casts MXFP4 blocks to NVFP4 with multiplier 2^m: both halves of a block of 32 get the scale 2^(k - m), where 2^k is the
+/// block's own. Exact where k - m lies in -9..=8; the codes of such a block stay as they are, and those of a block of zeros
+/// always. Other blocks are encoded to nearest and counted.
+///
+/// # Panics
+/// If the lengths do not fit each other, or if m is not an exponent of a normal f32.
+pub fn from_mxfp4(codes: &[u8], scales: &[u8], m: i32) -> Cast {
+    assert_eq!(codes.len(), scales.len() * mxfp4::BLOCK_BYTES, "whole MXFP4 blocks");
+    assert!((-126..=127).contains(&m), "2^{m} is no normal f32");
+    let mut cast = Cast { codes: codes.to_vec(), scales: Vec::with_capacity(scales.len() * 2), n_inexact: 0 };
+    let out = cast.codes.as_chunks_mut::<{ mxfp4::BLOCK_BYTES }>().0;
+    for (block, scale) in out.iter_mut().zip(scales) {
+        let exponent = i32::from(*scale) - 127 - m;
+        if (-9..=8).contains(&exponent) || is_zero(block) {
+            cast.scales.extend([e4m3::encode(2f32.powi(exponent.clamp(-9, 8))); 2]);
+            continue;
+        }
+        cast.n_inexact += 1;
+        let mut values = [0.0; mxfp4::BLOCK];
+        mxfp4::decode(block, *scale, &mut values);
+        for (half, to) in values.as_chunks::<BLOCK>().0.iter().zip(block.as_chunks_mut::<BLOCK_BYTES>().0) {
+            let (codes, scale) = encode_block(half, 2f32.powi(m));
+            *to = codes;
+            cast.scales.push(scale);
+        }
+    }
+    cast
+}
+
+/// Whether packed codes are all 0 or -0.
+fn is_zero(codes: &[u8]) -> bool {
+    codes.iter().all(|b| b & 0x77 == 0)
+}
+
+/// The E4M3 code that maps the largest magnitude of a block to `to` (6, or less).
+fn block_scale(block: &[f32; BLOCK], to: f32, multiplier: f32) -> u8 {
+    e4m3::encode(match amax(block) / (to * multiplier) {
+        s if s == 0.0 || s.is_nan() => 1.0, // NaN is 0/0: a tensor of zeros, or one too small for its own scale
+        s => s.clamp(MIN_SCALE, e4m3::MAX),
+    })
+}
+
+/// The nearest codes under a scale.
+fn block_codes(block: &[f32; BLOCK], scale: u8, multiplier: f32) -> [u8; BLOCK] {
+    let unit = e4m3::decode(scale) * multiplier;
+    block.map(|v| if v == 0.0 { 0 } else { e2m1::encode(quotient(v, unit)) })
+}
+
+fn packed(codes: &[u8; BLOCK]) -> [u8; BLOCK_BYTES] {
+    std::array::from_fn(|i| codes[2 * i] | codes[2 * i + 1] << 4)
 }
 
 /// Encodes a weight as llm-compressor with compressed-tensors does on a bf16 model: the global scale and each block's
@@ -217,6 +317,9 @@ pub fn unswizzle(swizzled: &[u8], n_rows: usize, n_scales: usize) -> Vec<u8> {
 /// The smallest E4M3 number above zero.
 const MIN_SCALE: f32 = 1.0 / 512.0;
 
+/// The E4M3 code of 448.
+const LARGEST_SCALE: u8 = 0x7e;
+
 impl Encoded {
     fn with_room_for(x: &[f32], global: Global) -> Self {
         Self { codes: Vec::with_capacity(x.len() / 2), scales: Vec::with_capacity(x.len() / BLOCK), global }
@@ -279,6 +382,59 @@ mod tests {
         (x[0], x[16]) = (1.0, 1e-7); // amax_block / (6 * global) is 4.5e-5, which rounds to zero in e4m3
         let e = encode_modelopt(&x).unwrap();
         assert_eq!((e.scales, e.codes[8]), (vec![0x7e, 0x01], 0)); // 2^-9; here the element is too small all the same
+    }
+
+    #[test]
+    fn the_least_error_is_never_more_than_that_of_the_nearest_scale() {
+        let error = |x: &[f32; 16], (codes, scale): ([u8; 8], u8), multiplier: f32| -> f64 {
+            let mut y = [0.0; 16];
+            decode(&codes, scale, multiplier, &mut y);
+            x.iter().zip(y).map(|(a, b)| (f64::from(*a) - f64::from(b)).powi(2)).sum()
+        };
+        let (mut seed, mut better) = (1u32, 0);
+        for case in 0..2000 {
+            let x: [f32; 16] = std::array::from_fn(|_| {
+                seed = seed.wrapping_mul(1664525).wrapping_add(1013904223);
+                (seed >> 8) as f32 / 8388608.0 - 1.0
+            });
+            let x = x.map(|v| v * v * v * 2f32.powi(case % 40 - 20));
+            let multiplier = amax(&x) / MAX * 2f32.powi(case % 12);
+            let (nearest, least) = (encode_block(&x, multiplier), encode_block_least(&x, multiplier));
+            let (nearest, least) = (error(&x, nearest, multiplier), error(&x, least, multiplier));
+            assert!(least <= nearest, "{case}: {least} {nearest}");
+            better += usize::from(least < nearest);
+        }
+        assert!(better > 800, "only {better} of 2000 became better: the search does nothing");
+        assert_eq!(encode_block_least(&[0.0; 16], 0.0), encode_block(&[0.0; 16], 0.0));
+        assert_eq!(encode_block_least(&[0.0; 16], 1.0), ([0; 8], 0x38));
+    }
+
+    #[test]
+    fn casts_from_mxfp4_are_exact_over_eighteen_exponents() {
+        let codes: Vec<u8> = (0..=255).cycle().take(16 * 20).collect();
+        let scales: Vec<u8> = (0..20).map(|i| 130 - i).collect();
+        let m = mxfp4_exponent(&codes, &scales).unwrap();
+        assert_eq!(m, 3 - 8);
+        let cast = from_mxfp4(&codes, &scales, m);
+        assert_eq!((cast.n_inexact, &cast.codes[..16 * 18]), (2, &codes[..16 * 18]));
+        let (mut theirs, mut ours) = (vec![0.0; 640], vec![0.0; 640]);
+        mxfp4::decode_row(&codes, &scales, &mut theirs);
+        decode_row(&cast.codes, &cast.scales, 2f32.powi(m), &mut ours);
+        assert_eq!(ours[..576], theirs[..576]);
+        // The blocks below are rounded to halves of their least unit.
+        let unit = 2f32.powi(m - 9);
+        for (a, b) in ours.iter().zip(&theirs) {
+            assert!((a - b).abs() <= unit / 4.0 || a == b, "{a} {b}");
+        }
+        assert_eq!(mxfp4_exponent(&[0x80; 16], &[200]), None);
+        assert_eq!(
+            from_mxfp4(&[0x80; 16], &[200], 0),
+            Cast { codes: vec![0x80; 16], scales: vec![0x78; 2], n_inexact: 0 }
+        );
+        // A block of zeros with a large scale does not push the others out.
+        let (two, far) = ([[0x80; 16], [0x12; 16]].concat(), [250, 120]);
+        assert_eq!(mxfp4_exponent(&two, &far), Some(120 - 127 - 8));
+        assert_eq!(mxfp4_exponent(&[0x11; 16], &[0]), Some(-126));
     }
 
     #[test]

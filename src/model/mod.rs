@@ -1,8 +1,28 @@
-//! Model families. Each is one file: names on disk, weights, state, and the forward pass spelled out once.
+//! Models: what all families share, which is little: the embedding before the layers and the head behind them.
+//!
+//! A family is one file: its names on disk, its weights, and the forward pass of a layer, spelled out once.
 
 mod gpt_oss;
+mod llama;
+mod load;
+mod mlp;
+mod qwen3;
+mod qwen3_moe;
+mod state;
 
-pub use gpt_oss::{GptOss, Plan, State};
+pub use load::{Found, InputScale};
+pub use state::{Plan, State};
+
+use crate::checkpoint::Checkpoint;
+use crate::config::{Config, Family, LayerType};
+use crate::device::rehearsal::Rehearsal;
+use crate::device::{Buffer, Device};
+use crate::error::Result;
+use crate::ops::{Attention, KvCache, Projection, RmsNorm, Weight};
+use crate::program::{Program, Slice};
+use load::Loader;
+use std::fmt::Debug;
+use std::sync::Arc;
 
 /// Bytes of weights that have reached the device, of how many.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -11,4 +31,129 @@ pub struct Progress {
     pub done_bytes: u64,
     /// To upload in all.
     pub total_bytes: u64,
+}
+
+/// A family's weights, and how it records a layer.
+trait Layers: Debug + Send + Sync {
+    /// Record layer `idx`: from the residual stream `s.x` back into it.
+    fn block(&self, p: &mut Program, idx: usize, s: &State);
+}
+
+/// A model's weights on a device. Shared by all sessions, never written after loading.
+#[derive(Debug)]
+pub struct Model {
+    config: Config,
+    embed: Weight,
+    layers: Box<dyn Layers>,
+    final_norm: Slice,
+    /// `None`: the embedding table serves as the head.
+    lm_head: Option<Projection>,
+    /// cos and sin of every position that the context holds, `[C, Dh/2]` pairs.
+    rope_table: Slice,
+    found: Found,
+    _buffers: Vec<Buffer>,
+}
+
+impl Model {
+    /// Check every tensor of a checkpoint, then put them on the device.
+    pub fn load(
+        checkpoint: &Checkpoint,
+        config: Config,
+        device: &Arc<dyn Device>,
+        plan: &Plan,
+        progress: &mut dyn FnMut(Progress),
+    ) -> Result<Self> {
+        let rehearsal: Arc<dyn Device> = Arc::new(Rehearsal::new(device.limits(), device.describe()));
+        let mut silent = |_| ();
+        let mut loader = Loader::new(checkpoint, &config, &rehearsal, plan, &mut silent);
+        let rehearsed = Self::from_loader(&mut loader)?;
+        loader.check_whole(&rehearsed.found)?;
+        let model = Self::from_loader(&mut Loader::new(checkpoint, &config, device, plan, progress))?;
+        device.wait()?;
+        Ok(model)
+    }
+
+    fn from_loader(up: &mut Loader<'_>) -> Result<Self> {
+        let config = up.config.clone();
+        let (d, vocab) = (config.hidden_size as u32, config.vocab_size as u32);
+        let embed = up.table("model.embed_tokens.weight", [vocab, d])?;
+        let layers: Box<dyn Layers> = match config.family {
+            Family::GptOss => Box::new(gpt_oss::GptOss::load(up)?),
+            Family::Qwen3Moe => Box::new(qwen3_moe::Qwen3Moe::load(up)?),
+            Family::Qwen3 => Box::new(qwen3::Qwen3::load(up)?),
+            Family::Llama => Box::new(llama::Llama::load(up)?),
+        };
+        let lm_head = match !config.tie_word_embeddings || up.has("lm_head.weight") || up.has("lm_head.weight_packed") {
+            true => Some(up.projection(&[("lm_head".to_owned(), vocab)], d, false)?),
+            false => None,
+        };
+        let final_norm = up.vector("model.norm.weight", config.hidden_size)?;
+        let rope_table = up.rope_table()?;
+        let (found, _buffers) = up.take();
+        Ok(Self { embed, layers, final_norm, lm_head, rope_table, found, _buffers, config })
+    }
+
+    /// Buffers for one conversation.
+    pub fn state(&self, device: &Arc<dyn Device>, plan: &Plan) -> Result<State> {
+        State::new(device, &self.config, plan, self.rope_table)
+    }
+
+    /// The checkpoint's configuration.
+    pub fn config(&self) -> &Config {
+        &self.config
+    }
+
+    /// What the loader found in the checkpoint besides weights.
+    pub fn found(&self) -> &Found {
+        &self.found
+    }
+
+    /// The step over `tokens` rows: embedding and all layers. Reads `rows` and `step` of the state.
+    pub fn body(&self, tokens: u32, s: &State) -> Program {
+        let mut p = Program::new(tokens, s.host);
+        p.embed(&self.embed, s.rows, s.x);
+        p.stage(|| "embed".to_owned(), s.x, self.config.hidden_size);
+        for idx in 0..self.config.num_hidden_layers {
+            self.layers.block(&mut p, idx, s);
+        }
+        p
+    }
+
+    /// Logits of `picks` rows of the last step. Reads `picks` and `head_step` of the state.
+    pub fn head(&self, picks: u32, s: &State) -> Program {
+        let mut p = Program::new(picks, s.host);
+        let norm = norm(&self.config);
+        p.take(norm.d, s.picks, s.x, s.last);
+        p.rms_norm(norm, s.last, self.final_norm, s.last_norm);
+        p.stage(|| "final_norm".to_owned(), s.last_norm, self.config.hidden_size);
+        match &self.lm_head {
+            None => p.linear(s.head_step, &self.embed, None, s.last_norm, s.logits),
+            Some(head) => {
+                for piece in &head.pieces {
+                    p.linear_piece(s.head_step, head, piece, s.last_norm, s.logits);
+                }
+            }
+        }
+        p.stage(|| "logits".to_owned(), s.logits, self.config.vocab_size);
+        p
+    }
+}
+
+fn norm(c: &Config) -> RmsNorm {
+    RmsNorm { d: c.hidden_size as u32, eps: c.rms_norm_eps }
+}
+
+/// Query heads, key/value heads, head size.
+fn heads(c: &Config) -> [u32; 3] {
+    [c.num_attention_heads, c.num_key_value_heads, c.head_dim].map(|n| n as u32)
+}
+
+/// Keys that a query of a layer sees; 0: all.
+fn window(c: &Config, idx: usize) -> u32 {
+    if c.layer_types[idx] == LayerType::Sliding { c.sliding_window as u32 } else { 0 }
+}
+
+fn attention(c: &Config, idx: usize, kv: KvCache) -> Attention {
+    let [h, hk, dh] = heads(c);
+    Attention { h, hk, dh, window: window(c, idx), capacity: kv.capacity, format: kv.format }
 }

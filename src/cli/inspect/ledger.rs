@@ -4,13 +4,12 @@
 use fourfold::Result;
 use fourfold::checkpoint::Checkpoint;
 use fourfold::config::Config;
-use fourfold::device::cpu::Cpu;
 use fourfold::device::gpu::AdapterFacts;
+use fourfold::device::rehearsal::Rehearsal;
 use fourfold::device::{Device, Limits};
-use fourfold::model::{GptOss, Plan};
-use fourfold::program::{BufferId, Program, Slice};
+use fourfold::model::{Found, Model, Plan};
 use std::collections::BTreeMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::Arc;
 
 /// Bytes by purpose, and the parts that matrices were split into.
 pub(super) struct Ledger {
@@ -20,17 +19,19 @@ pub(super) struct Ledger {
     pub(super) rest: u64,
     /// By the label of the weight: how many buffers hold it.
     parts: BTreeMap<String, usize>,
+    /// What there is besides weights.
+    pub(super) found: Found,
 }
 
 impl Ledger {
     /// The books of a model and one conversation on a device with these limits.
     pub(super) fn fill(checkpoint: &Checkpoint, config: &Config, plan: &Plan, limits: Limits) -> Result<Self> {
-        let books = Arc::new(Books { ids: Cpu::default(), limits, entries: Mutex::default() });
+        let books = Arc::new(Rehearsal::new(limits, "the adapter".to_owned()));
         let device: Arc<dyn Device> = books.clone();
-        let model = GptOss::load(checkpoint, config.clone(), &device, plan.context, &mut |_| ())?;
+        let model = Model::load(checkpoint, config.clone(), &device, plan, &mut |_| ())?;
         let loaded = books.take();
         let _state = model.state(&device, plan)?;
-        let mut ledger = Self { weights: 0, cache: 0, rest: 0, parts: BTreeMap::new() };
+        let mut ledger = Self { weights: 0, cache: 0, rest: 0, parts: BTreeMap::new(), found: model.found().clone() };
         for (label, bytes) in loaded {
             if label == "rope table" {
                 ledger.rest += bytes;
@@ -63,59 +64,4 @@ impl Ledger {
 pub(super) fn limits(adapter: &AdapterFacts) -> Limits {
     // Every adapter allows at least this grid, and Vulkan, Metal and DirectX name no more.
     Limits { max_binding_bytes: adapter.max_binding_bytes.min(adapter.max_buffer_bytes), max_grid: adapter.max_grid }
-}
-
-/// A device that notes what is asked of it.
-#[derive(Debug)]
-struct Books {
-    /// Gives out ids.
-    ids: Cpu,
-    limits: Limits,
-    /// Labels and bytes.
-    entries: Mutex<Vec<(String, u64)>>,
-}
-
-impl Books {
-    fn take(&self) -> Vec<(String, u64)> {
-        std::mem::take(&mut self.entries.lock().unwrap_or_else(PoisonError::into_inner))
-    }
-}
-
-impl Device for Books {
-    fn alloc(&self, label: &str, bytes: u64) -> Result<BufferId> {
-        self.entries.lock().unwrap_or_else(PoisonError::into_inner).push((label.to_owned(), bytes));
-        self.ids.alloc(label, 4)
-    }
-
-    fn free(&self, id: BufferId) {
-        self.ids.free(id);
-    }
-
-    fn write(&self, _: Slice, _: &[u8]) -> Result<()> {
-        Ok(())
-    }
-
-    fn read(&self, _: Slice, _: &mut [u8]) -> Result<()> {
-        Ok(())
-    }
-
-    fn prepare(&self, _: &Program) -> Result<()> {
-        Ok(())
-    }
-
-    fn run(&self, _: &Program) -> Result<()> {
-        Ok(())
-    }
-
-    fn wait(&self) -> Result<()> {
-        Ok(())
-    }
-
-    fn limits(&self) -> Limits {
-        self.limits
-    }
-
-    fn describe(&self) -> String {
-        "the adapter".to_owned()
-    }
 }

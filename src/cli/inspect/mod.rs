@@ -8,12 +8,12 @@ mod scales;
 use super::Ending;
 use super::run::KvArg;
 use super::terminal::{self, Paint, bytes, count, grouped};
-use fourfold::checkpoint::{Checkpoint, Dtype, Mapping, TensorView};
-use fourfold::config::{Config, GenerationConfig, LayerType};
+use fourfold::checkpoint::{Checkpoint, Dtype, Mapping, ScaleOrder, TensorView};
+use fourfold::config::{Config, GenerationConfig, LayerType, Scaling};
 use fourfold::device::{Limits, gpu};
 use fourfold::model::Plan;
 use fourfold::tokenizer::{ChatFormat, Text};
-use fourfold::{DEFAULT_CHUNK, DEFAULT_CONTEXT, HostStages, Result};
+use fourfold::{Activations, DEFAULT_CHUNK, DEFAULT_CONTEXT, HostStages, Result};
 use std::collections::BTreeMap;
 use std::io::{self, Write};
 use std::path::PathBuf;
@@ -60,8 +60,7 @@ pub(super) fn inspect(args: &Args) -> anyhow::Result<Ending> {
     };
     let mut report =
         Report { checkpoint: &checkpoint, args, out: io::BufWriter::new(io::stdout().lock()), paint: paint() };
-    let config = report.checkpoint.require("config.json");
-    let config = config.and_then(|json| Config::from_json(&checkpoint.path("config.json"), json));
+    let config = Config::open(&checkpoint);
     report.files()?;
     let mut sound = Ok(());
     match &config {
@@ -122,13 +121,18 @@ impl<W: Write> Report<'_, W> {
         let full = c.num_hidden_layers - sliding;
         let rope = match &c.rope.scaling {
             None => format!("theta {}", c.rope.theta),
-            Some(y) => {
+            Some(Scaling::Llama3(l)) => {
+                let original = l.original_max_position_embeddings;
+                format!("theta {}, Llama 3 factor {} over {original} positions", c.rope.theta, l.factor)
+            }
+            Some(Scaling::Linear { factor }) => format!("theta {}, linear factor {factor}", c.rope.theta),
+            Some(Scaling::Yarn(y)) => {
                 let original = y.original_max_position_embeddings;
                 format!("theta {}, YaRN factor {} over {original} positions", c.rope.theta, y.factor)
             }
         };
         let head = if c.tie_word_embeddings { "the embedding" } else { "a matrix of its own" };
-        self.title("Architecture: gpt-oss")?;
+        self.title(&format!("Architecture: {}", c.family.name().replace('_', "-")))?;
         self.facts(&[
             ("hidden size", format!("{}, {} layers", c.hidden_size, c.num_hidden_layers)),
             (
@@ -280,7 +284,14 @@ impl<W: Write> Report<'_, W> {
         let context = self.args.context.unwrap_or(DEFAULT_CONTEXT.min(c.max_position_embeddings));
         let clamp = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
         let chunk = clamp(self.args.chunk.min(context));
-        let plan = Plan { context: clamp(context), chunk, cache: self.args.kv.format(), host: HostStages::default() };
+        let plan = Plan {
+            context: clamp(context),
+            chunk,
+            cache: self.args.kv.format(),
+            host: HostStages::default(),
+            activations: Activations::F32,
+            scale_order: ScaleOrder::Linear,
+        };
         let unlimited = Limits { max_binding_bytes: u64::MAX, max_grid: u32::MAX };
         let planned = plan.check(c).and_then(|()| ledger::Ledger::fill(self.checkpoint, c, &plan, unlimited));
         let ledger = match planned {

@@ -1,0 +1,75 @@
+//! Llama, and the many models that are Llamas by another name: names on disk, weights, and a layer's forward pass.
+//!
+//! Source of the formulas: transformers `modeling_llama.py`.
+
+use super::load::Loader;
+use super::mlp::Mlp;
+use super::{Layers, State, attention, heads, norm};
+use crate::config::Config;
+use crate::error::Result;
+use crate::ops::Projection;
+use crate::program::{Program, Slice};
+
+/// The layers' weights on a device.
+#[derive(Debug)]
+pub(super) struct Llama {
+    config: Config,
+    layers: Vec<Layer>,
+}
+
+#[derive(Debug)]
+struct Layer {
+    attn_norm: Slice,
+    qkv: Projection,
+    out: Projection,
+    mlp_norm: Slice,
+    mlp: Mlp,
+}
+
+impl Llama {
+    pub(super) fn load(up: &mut Loader<'_>) -> Result<Self> {
+        let config = up.config.clone();
+        let (d, f) = (config.hidden_size as u32, config.intermediate_size as u32);
+        let [h, hk, dh] = heads(&config);
+        let mut layers = Vec::new();
+        for idx in 0..config.num_hidden_layers {
+            let n = |name: &str| format!("model.layers.{idx}.{name}");
+            let qkv = [("q_proj", h), ("k_proj", hk), ("v_proj", hk)];
+            let qkv = qkv.map(|(name, heads)| (n(&format!("self_attn.{name}")), heads * dh));
+            up.kv_scales(idx)?;
+            layers.push(Layer {
+                attn_norm: up.vector(&n("input_layernorm.weight"), config.hidden_size)?,
+                qkv: up.projection(&qkv, d, config.attention_bias)?,
+                out: up.projection(&[(n("self_attn.o_proj"), d)], h * dh, config.attention_bias)?,
+                mlp_norm: up.vector(&n("post_attention_layernorm.weight"), config.hidden_size)?,
+                mlp: Mlp::load(up, &n("mlp"), [d, f])?,
+            });
+        }
+        Ok(Self { config, layers })
+    }
+}
+
+impl Layers for Llama {
+    fn block(&self, p: &mut Program, idx: usize, s: &State) {
+        let (l, c) = (&self.layers[idx], &self.config);
+        let name = |what: &'static str| move || format!("layers.{idx}.{what}");
+        let kv = s.kv[idx];
+
+        p.rms_norm(norm(c), s.x, l.attn_norm, s.h);
+        p.stage(name("attn_norm"), s.h, c.hidden_size);
+        s.project(p, &l.qkv, s.h, s.qkv, name("attn_norm.staged"));
+        p.stage(name("qkv"), s.qkv, l.qkv.n as usize);
+        p.rope(heads(c), s.rows, s.rope_table, s.qkv, kv);
+        p.attention(attention(c, idx, kv), s.rows, s.qkv, kv, None, s.a);
+        p.stage(name("attention"), s.a, c.num_attention_heads * c.head_dim);
+        s.project(p, &l.out, s.a, s.delta, name("attention.staged"));
+        p.stage(name("attn_out"), s.delta, c.hidden_size);
+        p.add(norm(c).d, s.delta, s.x);
+
+        p.rms_norm(norm(c), s.x, l.mlp_norm, s.h);
+        p.stage(name("mlp_norm"), s.h, c.hidden_size);
+        l.mlp.record(p, idx, s);
+        p.add(norm(c).d, s.delta, s.x);
+        p.stage(name("hidden"), s.x, c.hidden_size);
+    }
+}

@@ -1,0 +1,116 @@
+//! Qwen3-MoE: names on disk, weights, and a layer's forward pass.
+//!
+//! Source of the formulas: transformers `modeling_qwen3_moe.py`.
+
+use super::load::Loader;
+use super::mlp::Mlp;
+use super::qwen3::head_norm;
+use super::{Layers, State, attention, heads, norm};
+use crate::config::Config;
+use crate::error::Result;
+use crate::ops::{Experts, Gate, GateUp, MoeScatter, Projection, Router, Swiglu};
+use crate::program::{Program, Slice};
+
+/// The layers' weights on a device.
+#[derive(Debug)]
+pub(super) struct Qwen3Moe {
+    config: Config,
+    layers: Vec<Layer>,
+}
+
+#[derive(Debug)]
+struct Layer {
+    attn_norm: Slice,
+    qkv: Projection,
+    /// Of query heads and of key heads.
+    head_gains: [Slice; 2],
+    out: Projection,
+    mlp_norm: Slice,
+    mlp: Feed,
+}
+
+/// What follows attention in a layer.
+#[derive(Debug)]
+enum Feed {
+    Dense(Mlp),
+    Experts { router: Projection, up: Experts, down: Experts },
+}
+
+impl Qwen3Moe {
+    pub(super) fn load(up: &mut Loader<'_>) -> Result<Self> {
+        let config = up.config.clone();
+        let [d, f, e] = [config.hidden_size, config.moe_intermediate_size, config.num_local_experts].map(|n| n as u32);
+        let [h, hk, dh] = heads(&config);
+        let mut layers = Vec::new();
+        for idx in 0..config.num_hidden_layers {
+            let n = |name: &str| format!("model.layers.{idx}.{name}");
+            let qkv = [("q_proj", h), ("k_proj", hk), ("v_proj", hk)];
+            let qkv = qkv.map(|(name, heads)| (n(&format!("self_attn.{name}")), heads * dh));
+            up.kv_scales(idx)?;
+            let mlp = match config.is_moe(idx) {
+                false => Feed::Dense(Mlp::load(up, &n("mlp"), [d, config.intermediate_size as u32])?),
+                true => Feed::Experts {
+                    router: up.projection(&[(n("mlp.gate"), e)], d, false)?,
+                    up: up.experts(&n("mlp.experts"), &["gate_proj", "up_proj"], [e, f, d])?,
+                    down: up.experts(&n("mlp.experts"), &["down_proj"], [e, d, f])?,
+                },
+            };
+            layers.push(Layer {
+                attn_norm: up.vector(&n("input_layernorm.weight"), config.hidden_size)?,
+                qkv: up.projection(&qkv, d, config.attention_bias)?,
+                head_gains: [
+                    up.vector(&n("self_attn.q_norm.weight"), config.head_dim)?,
+                    up.vector(&n("self_attn.k_norm.weight"), config.head_dim)?,
+                ],
+                out: up.projection(&[(n("self_attn.o_proj"), d)], h * dh, config.attention_bias)?,
+                mlp_norm: up.vector(&n("post_attention_layernorm.weight"), config.hidden_size)?,
+                mlp,
+            });
+        }
+        Ok(Self { config, layers })
+    }
+}
+
+impl Layers for Qwen3Moe {
+    fn block(&self, p: &mut Program, idx: usize, s: &State) {
+        let (l, c) = (&self.layers[idx], &self.config);
+        let name = |what: &'static str| move || format!("layers.{idx}.{what}");
+        let kv = s.kv[idx];
+
+        p.rms_norm(norm(c), s.x, l.attn_norm, s.h);
+        p.stage(name("attn_norm"), s.h, c.hidden_size);
+        s.project(p, &l.qkv, s.h, s.qkv, name("attn_norm.staged"));
+        p.stage(name("qkv"), s.qkv, l.qkv.n as usize);
+        p.head_norm(head_norm(c), l.head_gains, s.qkv);
+        p.stage(name("qkv_norm"), s.qkv, l.qkv.n as usize);
+        p.rope(heads(c), s.rows, s.rope_table, s.qkv, kv);
+        p.attention(attention(c, idx, kv), s.rows, s.qkv, kv, None, s.a);
+        p.stage(name("attention"), s.a, c.num_attention_heads * c.head_dim);
+        s.project(p, &l.out, s.a, s.delta, name("attention.staged"));
+        p.stage(name("attn_out"), s.delta, c.hidden_size);
+        p.add(norm(c).d, s.delta, s.x);
+
+        p.rms_norm(norm(c), s.x, l.mlp_norm, s.h);
+        p.stage(name("mlp_norm"), s.h, c.hidden_size);
+        match &l.mlp {
+            Feed::Dense(mlp) => mlp.record(p, idx, s),
+            Feed::Experts { router, up, down } => {
+                let [e, a, f] = [c.num_local_experts, c.num_experts_per_tok, c.moe_intermediate_size];
+                let form = Swiglu { a: a as u32, rows: GateUp::Halves, gate: Gate::Silu };
+                s.project(p, router, s.h, s.scores, name("mlp.router.staged"));
+                p.stage(name("mlp.router.logits"), s.scores, e);
+                p.router(Router { e: e as u32, a: form.a, normalise: c.norm_topk_prob }, s.scores, s.routes);
+                p.index_stage(name("mlp.router.experts"), s.routes.experts, a);
+                p.stage(name("mlp.router.weights"), s.routes.weights, a);
+                s.up(p, up, form, name("mlp_norm.staged"));
+                p.stage(name("mlp.up"), s.e, a * f);
+                s.down(p, down, form.a, name("mlp.up.staged"));
+                p.stage(name("mlp.down"), s.y, a * c.hidden_size);
+                p.moe_scatter(MoeScatter { a: form.a, d: norm(c).d }, s.routes, s.y, s.delta);
+                p.stage(name("mlp.out"), s.delta, c.hidden_size);
+            }
+        }
+        p.add(norm(c).d, s.delta, s.x);
+        p.stage(name("hidden"), s.x, c.hidden_size);
+    }
+}

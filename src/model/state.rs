@@ -1,0 +1,277 @@
+//! The buffers of a conversation: activations of a step, the KV cache, and rows quantised for W4A4.
+
+use super::window;
+use crate::checkpoint::ScaleOrder;
+use crate::config::Config;
+use crate::device::{Buffer, Device};
+use crate::error::{Error, Result};
+use crate::format::Format;
+use crate::ops::{
+    ActScale, Activations, CacheFormat, ExpertScales, Experts, Input, InputScales, KvCache, Projection, Routes, Row,
+    StageActivation, Staging, Step, Swiglu, Weight, staged_words,
+};
+use crate::program::{HostStages, Program, Slice};
+use std::sync::Arc;
+
+/// How a model is loaded, and sizes of a conversation's buffers.
+#[derive(Clone, Copy, Debug)]
+pub struct Plan {
+    /// Positions that the cache of a full layer holds.
+    pub context: u32,
+    /// Most rows in one step.
+    pub chunk: u32,
+    /// How keys and values are stored.
+    pub cache: CacheFormat,
+    /// Stages that the host computes.
+    pub host: HostStages,
+    /// What enters the products with NVFP4 weights.
+    pub activations: Activations,
+    /// The order of NVFP4 block scales in the file.
+    pub scale_order: ScaleOrder,
+}
+
+impl Plan {
+    /// The plan is possible for this model.
+    pub fn check(&self, config: &Config) -> Result<()> {
+        let limit = config.max_position_embeddings;
+        if self.context == 0 || self.context as usize > limit {
+            let reason = format!("{} is out of range: the model allows 1 to {limit} positions", self.context);
+            return Err(Error::option("context", reason));
+        }
+        if self.chunk == 0 || self.chunk > 2048 {
+            return Err(Error::option("chunk", format!("{} is out of range: 1 to 2048 tokens", self.chunk)));
+        }
+        Ok(())
+    }
+
+    /// Positions that layer `idx` keeps of a sequence: a sliding layer its window, and room for two chunks, so that a
+    /// whole chunk is appended before its first row looks back, and that 2 chunk + 1 tokens can be taken back.
+    fn capacity(&self, config: &Config, idx: usize) -> u32 {
+        match window(config, idx) {
+            0 => self.context,
+            window => self.context.min(window + 2 * self.chunk),
+        }
+    }
+
+    /// Whether a sequence can be cut back to `len` tokens, given that positions below `written` have been written:
+    /// every sliding layer must still have the keys that the row at position `len` looks back to.
+    pub fn can_cut(&self, config: &Config, len: usize, written: usize) -> bool {
+        (0..config.num_hidden_layers).all(|idx| {
+            let (window, capacity) = (window(config, idx) as usize, self.capacity(config, idx) as usize);
+            // The next row, at position `len`, looks back to len + 1 - window; older keys than written - capacity
+            // have been overwritten.
+            window == 0 || written <= capacity || (len + 1).saturating_sub(window) + capacity >= written
+        })
+    }
+}
+
+/// The buffers of one conversation. What a family does not use is as small as a buffer can be.
+#[derive(Debug)]
+pub struct State {
+    /// `Row [T]`.
+    pub rows: Slice,
+    /// Uniform with T.
+    pub step: Slice,
+    /// `[P]` u32: rows of the step whose logits are wanted.
+    pub picks: Slice,
+    /// Uniform with P.
+    pub head_step: Slice,
+    /// `[P, V]` f32.
+    pub logits: Slice,
+    /// Most picks at once.
+    pub max_picks: u32,
+    pub(super) x: Slice,
+    pub(super) h: Slice,
+    pub(super) qkv: Slice,
+    pub(super) a: Slice,
+    pub(super) delta: Slice,
+    pub(super) scores: Slice,
+    pub(super) routes: Routes,
+    /// Gate and up of a dense MLP.
+    pub(super) gate_up: Slice,
+    /// What enters the second matrix of experts or of a dense MLP.
+    pub(super) e: Slice,
+    pub(super) y: Slice,
+    pub(super) last: Slice,
+    pub(super) last_norm: Slice,
+    pub(super) kv: Vec<KvCache>,
+    /// cos and sin of every position that the context holds, `[C, Dh/2]` pairs.
+    pub(super) rope_table: Slice,
+    pub(super) host: HostStages,
+    windows: Vec<u32>,
+    activations: Activations,
+    staging: Option<Staging>,
+    buffers: Vec<Buffer>,
+}
+
+/// Which rows are quantised for a product.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Rows {
+    /// One for each token.
+    Tokens,
+    /// One for each of a token's `a` routes.
+    Routes { a: u32 },
+    /// A token's one row, once for each of its `a` routes: experts with scales of their own.
+    Spread { a: u32 },
+}
+
+impl State {
+    /// Buffers for one conversation.
+    pub(super) fn new(device: &Arc<dyn Device>, c: &Config, plan: &Plan, rope_table: Slice) -> Result<Self> {
+        let t = u64::from(plan.chunk);
+        let [d, f, moe_f, vocab] =
+            [c.hidden_size, c.intermediate_size, c.moe_intermediate_size, c.vocab_size].map(|n| n as u64);
+        let [h, hk, dh] = [c.num_attention_heads, c.num_key_value_heads, c.head_dim].map(|n| n as u64);
+        let [e, a] = [c.num_local_experts, c.num_experts_per_tok].map(|n| n as u64);
+        let dense_f = if c.moe_layers.contains(&false) { f } else { 0 };
+        let picks = t.min(16).min((device.limits().max_binding_bytes / (vocab * 4)).max(1));
+        let mut buffers = Vec::new();
+        let mut new = |label: &str, bytes: u64| -> Result<Slice> {
+            let buffer = Buffer::new(device, label, bytes)?;
+            let slice = buffer.slice();
+            buffers.push(buffer);
+            Ok(slice)
+        };
+        let kv = (0..c.num_hidden_layers)
+            .map(|idx| {
+                let capacity = plan.capacity(c, idx);
+                let bytes = plan.cache.bytes(u64::from(capacity) * hk * dh);
+                Ok(KvCache {
+                    format: plan.cache,
+                    capacity,
+                    keys: new(&format!("KV cache, keys of layer {idx}"), bytes)?,
+                    values: new(&format!("KV cache, values of layer {idx}"), bytes)?,
+                })
+            })
+            .collect::<Result<Vec<_>>>()?;
+        let staging = match plan.activations {
+            Activations::F32 => None,
+            _ => {
+                // Every token may go up with a scale for each of its experts.
+                let rows = t * a.max(1);
+                let words = [d, h * dh, dense_f, moe_f].map(|k| staged_words(k as usize)).into_iter().max();
+                Some(Staging {
+                    rows: new("quantised rows", rows * words.unwrap_or(0) as u64 * 4)?,
+                    scales: new("scales of quantised rows", rows * 4)?,
+                    report: new("report of quantised rows", rows * 8)?,
+                    amaxes: new("largest magnitudes of rows", rows * 4)?,
+                })
+            }
+        };
+        Ok(Self {
+            rows: new("rows", t * size_of::<Row>() as u64)?,
+            step: new("step", size_of::<Step>() as u64)?,
+            picks: new("picks", picks * 4)?,
+            head_step: new("head step", size_of::<Step>() as u64)?,
+            logits: new("logits", picks * vocab * 4)?,
+            max_picks: picks as u32,
+            x: new("x", t * d * 4)?,
+            h: new("h", t * d * 4)?,
+            qkv: new("qkv", t * (h + 2 * hk) * dh * 4)?,
+            a: new("attention", t * h * dh * 4)?,
+            delta: new("delta", t * d * 4)?,
+            scores: new("scores", t * e * 4)?,
+            routes: Routes { experts: new("experts", t * a * 4)?, weights: new("weights", t * a * 4)? },
+            gate_up: new("gate and up", t * 2 * dense_f * 4)?,
+            e: new("expert activations", t * (a * moe_f).max(dense_f) * 4)?,
+            y: new("expert outputs", t * a * d * 4)?,
+            last: new("last", picks * d * 4)?,
+            last_norm: new("last norm", picks * d * 4)?,
+            kv,
+            rope_table,
+            host: plan.host,
+            windows: (0..c.num_hidden_layers).map(|idx| window(c, idx)).collect(),
+            activations: plan.activations,
+            staging,
+            buffers,
+        })
+    }
+
+    /// Every buffer, in the order in which they are made: the same for all states of one model and plan.
+    pub fn slices(&self) -> Vec<Slice> {
+        self.buffers.iter().map(Buffer::slice).collect()
+    }
+
+    /// The caches of the sliding layers, where a position's row is used again by a later one.
+    pub fn rings(&self) -> impl Iterator<Item = Slice> {
+        let sliding = self.windows.iter().zip(&self.kv).filter(|(window, _)| **window > 0);
+        sliding.flat_map(|(_, kv)| [kv.keys, kv.values])
+    }
+
+    /// Record `y = w x + bias` by row, with x quantised first where the plan says so and the weight is NVFP4. `name`: of
+    /// the stage that reports on quantising.
+    pub(super) fn project(&self, p: &mut Program, w: &Projection, x: Slice, y: Slice, name: impl Fn() -> String) {
+        let mut shared = None;
+        for piece in &w.pieces {
+            let input = match (shared, piece.input_scale) {
+                // What is quantised by its own measure serves all pieces; a calibrated scale serves its own.
+                (Some(input), None) if piece.weight.format == Format::Nvfp4 => input,
+                (_, scale) => {
+                    let given = scale.map(|scales| InputScales { scales, experts: None });
+                    self.quantised(p, &piece.weight, x, Rows::Tokens, given, &name)
+                }
+            };
+            if let (Input::Nvfp4 { .. }, None) = (input, piece.input_scale) {
+                shared = Some(input);
+            }
+            p.linear_piece(self.step, w, piece, input, y);
+        }
+    }
+
+    /// Record the experts' first matrix, from `h` to `e`.
+    pub(super) fn up(&self, p: &mut Program, up: &Experts, form: Swiglu, name: impl Fn() -> String) {
+        let (given, each) = self.expert_scales(up);
+        let rows = if each { Rows::Spread { a: form.a } } else { Rows::Tokens };
+        let input = self.quantised(p, &up.weight, self.h, rows, given, &name);
+        p.moe_up(up, form, self.routes.experts, (input, if each { 1 } else { form.a }), self.e);
+    }
+
+    /// Record the experts' second matrix, from `e` to `y`.
+    pub(super) fn down(&self, p: &mut Program, down: &Experts, a: u32, name: impl Fn() -> String) {
+        let (given, _) = self.expert_scales(down);
+        let input = self.quantised(p, &down.weight, self.e, Rows::Routes { a }, given, &name);
+        p.moe_down(down, a, self.routes.experts, input, self.y);
+    }
+
+    /// The calibrated scales of experts, and whether each has its own.
+    fn expert_scales(&self, experts: &Experts) -> (Option<InputScales>, bool) {
+        match experts.input_scale {
+            None => (None, false),
+            Some(ExpertScales::Shared(scales)) => (Some(InputScales { scales, experts: None }), false),
+            Some(ExpertScales::Each(scales)) => {
+                (Some(InputScales { scales, experts: Some(self.routes.experts) }), true)
+            }
+        }
+    }
+
+    /// x as it is, or quantised where the plan says so and the weight is NVFP4.
+    fn quantised(
+        &self,
+        p: &mut Program,
+        weight: &Weight,
+        x: Slice,
+        rows: Rows,
+        given: Option<InputScales>,
+        name: &impl Fn() -> String,
+    ) -> Input {
+        let Some(staging) = self.staging.as_ref().filter(|_| weight.format == Format::Nvfp4) else {
+            return Input::F32(x);
+        };
+        let scale = match self.activations {
+            Activations::F32 => return Input::F32(x),
+            Activations::Nvfp4Dynamic => ActScale::Tensor,
+            Activations::Nvfp4Token => ActScale::Token,
+            Activations::Nvfp4Static if given.is_some_and(|g| g.experts.is_some()) => ActScale::Expert,
+            Activations::Nvfp4Static => ActScale::Static,
+        };
+        let (rows_per_token, share) = match rows {
+            Rows::Tokens => (1, 1),
+            Rows::Routes { a } => (a, 1),
+            Rows::Spread { a } => (a, a),
+        };
+        let op = StageActivation { k: weight.k, rows_per_token, share, scale };
+        let input = p.stage_activation(op, self.step, x, given, staging);
+        p.stage(name, staging.report, 2 * rows_per_token as usize);
+        input
+    }
+}

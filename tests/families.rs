@@ -76,6 +76,10 @@ fn within(what: &str, got: &[f32], want: &[f32], allowed: f32) {
     assert!(most <= allowed && got.iter().all(|v| v.is_finite()), "{what}: {most:.1e}, allowed {allowed:.0e}");
 }
 
+fn nearer(got: &[f32], one: Vec<f32>, other: Vec<f32>) -> Vec<f32> {
+    if distance(got, &one).0 <= distance(got, &other).0 { one } else { other }
+}
+
 /// What the oracle's README asks of an f32 engine.
 const TOLERANCE: f32 = 2e-4;
 
@@ -128,6 +132,10 @@ fn qwen3_moe_is_golden_from_both_producers_in_every_mode() {
     for name in PRODUCERS {
         for (mode, activations) in MODES {
             let golden = Golden::open(name, &format!("golden_{mode}.safetensors"));
+            // Two activations of one file lie on the middle between two codes; transformers goes both ways (the README).
+            let other = format!("golden_{mode}_other_way.safetensors");
+            let other = fixture(name).join(&other).exists().then(|| Golden::open(name, &other));
+            assert_eq!(other.is_some(), (name, mode) == (PRODUCERS[1], "w4a4_dyn_token"));
             for (where_, device) in devices() {
                 let mut session = engine(name, &device, activations, 80).session().unwrap();
                 let mut compared = 0;
@@ -138,14 +146,21 @@ fn qwen3_moe_is_golden_from_both_producers_in_every_mode() {
                     compared += check_stages(&what, &golden, prompt, 3, &stages);
                     let want = golden.floats(&format!("{prompt}.logits")).unwrap();
                     // The W4A4 files have the last eight rows.
-                    within(&what, &logits[logits.len() - want.len()..], &want, TOLERANCE);
+                    let got = &logits[logits.len() - want.len()..];
+                    let want = match other.as_ref().and_then(|other| other.floats(&format!("{prompt}.logits"))) {
+                        Some(other) => nearer(got, want, other),
+                        None => want,
+                    };
+                    within(&what, got, &want, TOLERANCE);
                 }
                 assert!(compared >= 2 * 3 * 7, "{compared} stages");
                 for i in 0..4 {
                     let prompt = golden.words(&format!("greedy{i}.prompt")).unwrap();
                     let want = golden.words(&format!("greedy{i}.tokens")).unwrap();
                     let got = greedy(&mut session, &prompt, want.len());
-                    assert_eq!(got, want, "{name} {mode} greedy{i} on {where_}");
+                    let other = other.as_ref().and_then(|other| other.words(&format!("greedy{i}.tokens")));
+                    let same = got == want || other.is_some_and(|other| got == other);
+                    assert!(same, "{name} {mode} greedy{i} on {where_}: {got:?}, not {want:?}");
                 }
             }
         }

@@ -1,6 +1,6 @@
 //! The engine (weights on a device, shared, never changed) and its sessions (tokens, cache, the decode loop).
 
-use crate::checkpoint::{Checkpoint, Mapping, ScaleOrder};
+use crate::checkpoint::{Mapping, ScaleOrder};
 use crate::config::{Config, GenerationConfig};
 use crate::device::{self, Buffer, Device, cpu::Cpu, gpu};
 use crate::error::{Error, Result};
@@ -9,6 +9,7 @@ use crate::ops::{Activations, CacheFormat, Row, STATS_WORDS, Step};
 use crate::oracle;
 use crate::program::{HostStages, Program, Slice, Stage};
 use crate::reply::{Reply, ReplyOptions};
+use crate::synth;
 use crate::tokenizer::{ChatFormat, Text, TokenId, Tokenizer};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -56,7 +57,7 @@ pub struct EngineBuilder {
 }
 
 impl EngineBuilder {
-    /// A Hugging Face directory. Without it, the model that is embedded in the binary.
+    /// A Hugging Face directory, or `synth:SHAPE` for random weights of a true shape. Without it, the model that is embedded in the binary.
     pub fn checkpoint(mut self, dir: impl Into<PathBuf>) -> Self {
         self.source = Source::Dir(dir.into());
         self
@@ -127,7 +128,7 @@ impl EngineBuilder {
         let checkpoint = match &self.source {
             Source::Default => crate::default_model::main()?,
             Source::DefaultDraft => crate::default_model::draft()?,
-            Source::Dir(dir) => Checkpoint::open(dir, self.mapping)?,
+            Source::Dir(dir) => synth::open(dir, self.mapping)?,
         };
         let config = Config::open(&checkpoint)?;
         let Text { tokenizer, chat, generation } = Text::load(&checkpoint, &config)?;

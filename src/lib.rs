@@ -15,6 +15,7 @@
 //! An [`Engine`] holds a model's weights on a device; a [`Session`] holds one conversation. Both are `Send`, and nothing
 //! is global: several engines live in one process without seeing each other. ARCHITECTURE.md says how it works inside.
 
+pub mod bench;
 mod chat;
 pub mod checkpoint;
 pub mod config;
@@ -38,6 +39,7 @@ mod reply;
 pub mod sampler;
 #[doc(hidden)]
 pub mod shader;
+pub mod synth;
 pub mod tokenizer;
 pub mod trace;
 

@@ -7,7 +7,7 @@ use fourfold::device::Device;
 use fourfold::format::Format;
 use fourfold::ops::{
     Amax, Attention, CacheFormat, Experts, Gate, GateUp, Glu, HeadNorm, KvCache, MoeScatter, RmsNorm, Router, Routes,
-    Row, Step, Swiglu, Weight, WeightBytes,
+    Row, Step, Stream, Swiglu, Weight, WeightBytes,
 };
 use fourfold::program::{Program, Slice};
 use std::sync::Arc;
@@ -700,5 +700,20 @@ fn stats() {
                 }
             }
         }
+    }
+}
+
+#[test]
+fn stream() {
+    for (n, groups) in [(1u32, 1), (5000, 3), (40_000, 7)] {
+        check("stream", 0.0, |b| {
+            let op = Stream { n, groups };
+            // Bits of numbers that are not NaN however they are folded would be few: the words are compared as they are.
+            let words: Vec<u32> = (0..n * 4).map(|i| i.wrapping_mul(0x9e37_79b9) >> 9).collect();
+            let (x, y) = (b.input(&words), b.output(op.outputs()));
+            let mut p = program(1);
+            p.stream(op, x, y);
+            (p, vec![y])
+        });
     }
 }

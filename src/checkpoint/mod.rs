@@ -75,6 +75,18 @@ struct Tensor {
     range: Range<usize>,
 }
 
+/// A tensor to be: a window into one of several byte sources.
+#[derive(Clone, Debug)]
+pub(crate) struct Part {
+    pub(crate) name: String,
+    pub(crate) dtype: Dtype,
+    pub(crate) shape: Vec<usize>,
+    /// Which source.
+    pub(crate) source: usize,
+    /// Where in it; windows may overlap.
+    pub(crate) range: Range<usize>,
+}
+
 /// One tensor as it lies on disk. The bytes have no alignment to speak of.
 #[derive(Clone, Copy, Debug)]
 pub struct TensorView<'a> {
@@ -116,6 +128,24 @@ impl Checkpoint {
             return Err(Error::file(name, format!("{file} is embedded twice")));
         }
         Self::load(name.to_owned(), &Source::Embedded(name, files))
+    }
+
+    /// A checkpoint that was never on disk.
+    pub(crate) fn from_parts(
+        name: &str,
+        side: Vec<(&'static str, Vec<u8>)>,
+        sources: Vec<Vec<u8>>,
+        parts: Vec<Part>,
+    ) -> Result<Self> {
+        let side = side.into_iter().map(|(file, bytes)| (file, Bytes::Owned(bytes))).collect();
+        let shard = |bytes| Shard { path: name.to_owned(), bytes: Bytes::Owned(bytes) };
+        let tensor = |part: Part| {
+            (part.name, Tensor { shard_idx: part.source, dtype: part.dtype, shape: part.shape, range: part.range })
+        };
+        let shards = sources.into_iter().map(shard).collect();
+        let checkpoint = Self { name: name.to_owned(), side, shards, tensors: parts.into_iter().map(tensor).collect() };
+        checkpoint.require("config.json")?;
+        Ok(checkpoint)
     }
 
     /// The directory as it was given, or the embedded checkpoint's name.

@@ -1,5 +1,6 @@
 //! The command line: the commands, and which error ends with which exit code.
 
+mod bench;
 mod bisect;
 mod chat;
 mod devices;
@@ -31,6 +32,7 @@ Examples:
   fourfold trace --prompt \"Hi\" -o a.safetensors  record every stage of a run
   fourfold diff a.safetensors b.safetensors     where two traces part
   fourfold bisect --prompt \"Hi\"                the stage that is wrong by itself: GPU against twins
+  fourfold bench --model synth:gpt-oss-20b      tokens a second at a true shape, without its weights
   fourfold devices                              which GPUs there are
   fourfold oracle                               whether they compute rightly
 
@@ -65,6 +67,8 @@ enum Command {
     Quantize(Box<quantize::Args>),
     /// Perplexity on a text, and how far a model is from a reference
     Eval(Box<eval::Args>),
+    /// Measure tokens a second, and what memory allows here
+    Bench(Box<bench::Args>),
     /// Run a prompt and record every stage of every layer
     Trace(Box<trace::Args>),
     /// Compare two traces: the first stage, token and element where they part
@@ -116,6 +120,7 @@ pub(crate) fn main() -> ExitCode {
         Command::Inspect(args) => inspect::inspect(&args),
         Command::Quantize(args) => quantize::quantize(&args, cli.verbose > 0),
         Command::Eval(args) => eval::eval(&args),
+        Command::Bench(args) => bench::bench(&args),
         Command::Trace(args) => trace::trace(&args),
         Command::Diff(args) => diff::diff(&args),
         Command::Bisect(args) => bisect::bisect(&args),

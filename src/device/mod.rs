@@ -40,6 +40,14 @@ pub trait Device: Send + Sync + fmt::Debug {
         }
         Ok(())
     }
+    /// Run the launches one by one and time each on the device, in seconds.
+    ///
+    /// # Errors
+    /// Where the device has no clock.
+    fn time(&self, program: &Program) -> Result<Vec<f64>> {
+        let _ = program;
+        Err(crate::Error::Device(format!("{} does not time single launches", self.describe())))
+    }
     /// Wait until everything written and run so far is done, and report what went wrong.
     fn wait(&self) -> Result<()>;
     /// What the device can hold and bind.

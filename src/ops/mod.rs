@@ -19,6 +19,7 @@ mod rope;
 mod router;
 mod stage_activation;
 mod stats;
+mod stream;
 mod take;
 mod views;
 mod weight;
@@ -39,6 +40,7 @@ pub use rope::{CacheFormat, KvCache, Rope};
 pub use router::{Router, Routes};
 pub use stage_activation::{ActScale, Activations, InputScales, StageActivation, Staging};
 pub use stats::{STATS_WORDS, Stats};
+pub use stream::Stream;
 pub use take::Take;
 pub use views::Views;
 pub(crate) use views::is_written;
@@ -47,7 +49,7 @@ pub use weight::{Matrix, Part, Weight, WeightBytes};
 use crate::shader::Kernel;
 
 /// Every kernel there is.
-pub const KERNELS: [&Kernel; 16] = [
+pub const KERNELS: [&Kernel; 17] = [
     &add::KERNEL,
     &amax::KERNEL,
     &attention::KERNEL,
@@ -63,6 +65,7 @@ pub const KERNELS: [&Kernel; 16] = [
     &router::KERNEL,
     &stage_activation::KERNEL,
     &stats::KERNEL,
+    &stream::KERNEL,
     &take::KERNEL,
 ];
 
@@ -85,6 +88,7 @@ pub enum Op {
     Router(Router),
     StageActivation(StageActivation),
     Stats(Stats),
+    Stream(Stream),
     Take(Take),
 }
 
@@ -107,6 +111,7 @@ impl Op {
             Op::Router(op) => op.twin(tokens, views),
             Op::StageActivation(op) => op.twin(tokens, views),
             Op::Stats(op) => op.twin(tokens, views),
+            Op::Stream(op) => op.twin(tokens, views),
             Op::Take(op) => op.twin(tokens, views),
         }
     }

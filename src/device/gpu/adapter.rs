@@ -100,9 +100,9 @@ pub(super) fn open(name: Option<&str>, without_subgroups: bool) -> Result<(wgpu:
             (None, false) => unreachable!("without a name every adapter is wanted"),
         })
     })?;
-    let mut features = Features::SUBGROUP & adapter.features();
+    let mut features = (Features::SUBGROUP | Features::TIMESTAMP_QUERY) & adapter.features();
     if without_subgroups {
-        features = Features::empty();
+        features.remove(Features::SUBGROUP);
     }
     let descriptor = wgpu::DeviceDescriptor {
         label: Some("fourfold"),

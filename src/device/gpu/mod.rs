@@ -288,6 +288,10 @@ impl Device for Gpu {
         self.run_program_seeing(program, see)
     }
 
+    fn time(&self, program: &Program) -> Result<Vec<f64>> {
+        self.time_program(program)
+    }
+
     fn wait(&self) -> Result<()> {
         self.scoped("submitting", 0, || self.queue.submit([]))?;
         self.poll()?;

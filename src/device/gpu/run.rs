@@ -108,6 +108,50 @@ impl Gpu {
         })
     }
 
+    /// Run each launch in a pass of its own, between two timestamps.
+    pub(super) fn time_program(&self, program: &Program) -> Result<Vec<f64>> {
+        if !self.device.features().contains(wgpu::Features::TIMESTAMP_QUERY) {
+            return Err(crate::Error::Device(format!("{} has no timestamps", self.facts.name)));
+        }
+        let mut seconds = Vec::new();
+        for launches in program.launches.chunks(LAUNCHES) {
+            let ready: Vec<_> = launches.iter().map(|l| self.bind(l)).collect::<Result<_>>()?;
+            let count = 2 * launches.len() as u32;
+            let bytes = u64::from(count) * 8;
+            let resolved = self.scoped("timestamps", bytes, || {
+                let ty = wgpu::QueryType::Timestamp;
+                let queries = self.device.create_query_set(&wgpu::QuerySetDescriptor { label: None, ty, count });
+                let usage = wgpu::BufferUsages::QUERY_RESOLVE | wgpu::BufferUsages::COPY_SRC;
+                let descriptor =
+                    wgpu::BufferDescriptor { label: Some("timestamps"), size: bytes, usage, mapped_at_creation: false };
+                let resolved = self.device.create_buffer(&descriptor);
+                let mut encoder = self.device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
+                for (i, ((pipeline, group), launch)) in ready.iter().zip(launches).enumerate() {
+                    let mut pass = encoder.begin_compute_pass(&wgpu::ComputePassDescriptor {
+                        label: Some(launch.kernel.name),
+                        timestamp_writes: Some(wgpu::ComputePassTimestampWrites {
+                            query_set: &queries,
+                            beginning_of_pass_write_index: Some(2 * i as u32),
+                            end_of_pass_write_index: Some(2 * i as u32 + 1),
+                        }),
+                    });
+                    pass.set_pipeline(&pipeline.pipeline);
+                    pass.set_bind_group(0, group, &[]);
+                    let [x, y, z] = launch.grid;
+                    pass.dispatch_workgroups(x, y, z);
+                }
+                encoder.resolve_query_set(&queries, 0..count, &resolved, 0);
+                self.queue.submit([encoder.finish()]);
+                resolved
+            })?;
+            let mut ticks = vec![0u64; count as usize];
+            self.read_buffer(&resolved, 0, bytemuck::cast_slice_mut(&mut ticks))?;
+            let period = f64::from(self.queue.get_timestamp_period()) * 1e-9;
+            seconds.extend(ticks.chunks_exact(2).map(|t| t[1].saturating_sub(t[0]) as f64 * period));
+        }
+        Ok(seconds)
+    }
+
     /// The pipeline and bind group of a launch. Bind groups are kept as long as their buffers live.
     fn bind(&self, launch: &Launch) -> Result<(Arc<super::pipeline::Pipeline>, wgpu::BindGroup)> {
         let pipeline = self.pipelines.get(&self.device, launch)?;

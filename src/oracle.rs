@@ -8,11 +8,13 @@
 mod attention;
 mod formats;
 mod matmul;
+mod quantised;
 mod steps;
 
 use self::attention::*;
 use self::formats::*;
 use self::matmul::*;
+use self::quantised::*;
 use self::steps::*;
 use crate::device::{Buffer, Device};
 use crate::error::{Error, Result};
@@ -27,7 +29,7 @@ use std::time::{Duration, Instant};
 /// How much to check.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Which {
-    /// What decides whether a device can be trusted at all: four pipelines, a few milliseconds.
+    /// What decides whether a device can be trusted at all: six pipelines, a few milliseconds.
     Quick,
     /// Everything.
     All,
@@ -38,7 +40,7 @@ pub enum Which {
 pub enum Subject {
     /// A device's kernels, or the twins.
     Device,
-    /// Scalar code on the host, where no kernel exists yet.
+    /// Scalar code on the host, which reads and writes files.
     Host,
 }
 
@@ -131,7 +133,7 @@ impl Check {
     }
 }
 
-const CHECKS: [Check; 27] = [
+const CHECKS: [Check; 38] = [
     kernels("uniform_fp4", "a plain sum of FP4 products is wrong", uniform_fp4).quick(),
     kernels("column_dependent", "results of a matmul land in the wrong column", column_dependent),
     kernels("element_order", "the nibbles, bytes or blocks of packed FP4 are read in the wrong order", element_order)
@@ -149,25 +151,46 @@ const CHECKS: [Check; 27] = [
         reduction_tree,
     )
     .quick(),
+    kernels(
+        "nvfp4_weights",
+        "an NVFP4 code, block scale or tensor scale is read from the wrong place or decodes to a wrong value",
+        nvfp4_weights,
+    )
+    .quick(),
+    kernels("nvfp4_globals", "NVFP4 experts, or gate and up, take one another's tensor scale", nvfp4_globals),
+    kernels("fp8_weights", "FP8 weights or their row scales decode to wrong values", fp8_weights),
+    kernels("fp8_blocks", "FP8 weights with a scale for each 128 elements decode to wrong values", fp8_blocks),
+    kernels(
+        "stage_activation",
+        "quantising activations to FP4 rounds or clips wrongly (FP4 and FP8: nearest, ties to even)",
+        stage_activation,
+    )
+    .quick(),
+    kernels("act_scales", "activations are quantised with another row's, expert's or tensor's scale", act_scales),
+    kernels("fp4_products", "products of FP4 weights and FP4 activations are wrong", fp4_products),
     kernels("bf16_embed", "bf16 values are not copied as they are", bf16_embed),
     kernels("bf16_linear", "bf16 weights decode to wrong values", bf16_linear),
     kernels("integer_sums", "sums of integers below 2^24 are not exact in f32", integer_sums),
     kernels("fused_multiply_add", "a multiply-add is worse than rounding twice", fused_multiply_add),
     kernels("router_ties", "the router does not take the largest scores, the lower expert among equals", router_ties)
         .quick(),
+    kernels("router_all", "router weights over all experts do not count those that were not chosen", router_all),
     kernels("exp", "exp is off", exp).quick(),
     kernels("swiglu", "the clamped SwiGLU is off, or gate and up are mixed up", swiglu),
+    kernels("silu", "SiLU of gate times up is off", silu),
     kernels("nan_stays", "NaN becomes a number on its way through the experts", nan_stays),
     kernels("experts", "an expert computes with another expert's weights, bias or input", experts),
     kernels("scatter", "the weighted sum over experts takes the wrong weight or row", scatter),
     kernels("attention_one_key", "one key against a sink of equal score does not get half of the weight", one_key)
         .quick(),
     kernels("attention_mean", "equal scores do not give the mean of the values", attention_mean).quick(),
+    kernels("attention_no_sink", "attention without a sink loses weight to one", attention_no_sink),
     kernels("attention_window", "attention sees keys outside its window, or misses one inside", attention_window),
     kernels("rope_quarter_turns", "rotary embedding turns the wrong pairs, or changes what it should keep", rope)
         .quick(),
     kernels("bf16_rounding", "rounding to bf16 (nearest, ties to even) is wrong", bf16_rounding).quick(),
     kernels("rms_norm", "division, square root or the sum over a row is off", rms_norm),
+    kernels("head_norm", "the norm of query and key heads mixes heads or gains, or touches values", head_norm),
     kernels("add_and_take", "adding to the residual stream or picking rows is wrong", add_and_take),
     kernels("determinism", "the same program gives other bits when it runs again", determinism),
     kernels("stale_scratch", "results depend on what stood in scratch memory before", stale_scratch),
@@ -278,12 +301,23 @@ impl Trial<'_> {
         let codes: Vec<u8> = pairs.map(|(row, i)| code(row, i) | code(row, i + 1) << 4).collect();
         let blocks = (0..e * n).flat_map(|row| (0..k / 32).map(move |block| (row, block)));
         let scales: Vec<u8> = blocks.map(|(row, block)| scale(row, block)).collect();
-        let label = "oracle mxfp4";
+        self.weight(Format::Mxfp4, [e, n, k], [&codes, &scales], &[])
+    }
+
+    /// A matrix of `format`, or one for each of `e` experts, from its bytes: codes, block scales, and row scales.
+    fn weight(
+        &self,
+        format: Format,
+        [e, n, k]: [usize; 3],
+        [codes, scales]: [&[u8]; 2],
+        row_scales: &[f32],
+    ) -> Result<Weight> {
+        let label = format!("oracle {format}");
         let [e, n, k] = [e, n, k].map(|n| n as u32);
-        let bytes = WeightBytes { codes: &[&codes], scales: &[&scales], row_scales: &[] };
+        let bytes = WeightBytes { codes: &[codes], scales: &[scales], row_scales };
         match e {
-            1 => Weight::matrix(self.device, label, Format::Mxfp4, [n, k], &bytes),
-            _ => Weight::experts(self.device, label, Format::Mxfp4, [e, n, k], &bytes),
+            1 => Weight::matrix(self.device, &label, format, [n, k], &bytes),
+            _ => Weight::experts(self.device, &label, format, [e, n, k], &bytes),
         }
     }
 

@@ -11,21 +11,21 @@ use serde_json::Value;
 const STORY: &str = "Once upon a time";
 
 /// The program without what the caller's environment says.
-fn program() -> Command {
+pub fn program() -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_fourfold"));
     command.env_remove("FOURFOLD_MODEL").env_remove("RUST_LOG").stdin(Stdio::null());
     command
 }
 
-fn fourfold(args: &[&str]) -> Output {
+pub fn fourfold(args: &[&str]) -> Output {
     program().args(args).output().expect("the binary starts")
 }
 
-fn out(output: &Output) -> &str {
+pub fn out(output: &Output) -> &str {
     std::str::from_utf8(&output.stdout).expect("stdout is UTF-8")
 }
 
-fn err(output: &Output) -> &str {
+pub fn err(output: &Output) -> &str {
     std::str::from_utf8(&output.stderr).expect("stderr is UTF-8")
 }
 
@@ -39,7 +39,7 @@ fn raw(flags: &[&str]) -> Output {
 }
 
 #[track_caller]
-fn fails(args: &[&str], code: i32, words: &[&str]) -> Output {
+pub fn fails(args: &[&str], code: i32, words: &[&str]) -> Output {
     let output = fourfold(args);
     assert_eq!(output.status.code(), Some(code), "{args:?}: {}", err(&output));
     for word in words {
@@ -48,7 +48,7 @@ fn fails(args: &[&str], code: i32, words: &[&str]) -> Output {
     output
 }
 
-fn root(path: &str) -> PathBuf {
+pub fn root(path: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join(path)
 }
 
@@ -147,6 +147,9 @@ fn bad_usage_is_code_2() {
     fails(&["no-such-command"], 2, &["no-such-command"]);
     fails(&["run", "--device", "tpu"], 2, &["tpu", "auto"]);
     fails(&["run", "--host", "routing,sums"], 2, &["sums", "scatter"]);
+    fails(&["run", "--activations", "fp8"], 2, &["fp8", "nvfp4-static"]);
+    fails(&["run", "--device", "cpu", "--activations", "nvfp4-token", "x"], 2, &["activations", "NVFP4 weights"]);
+    fails(&["probe", "--activations", "nvfp4-dynamic", "--prompt", "x"], 2, &["neighbours", "nvfp4-token"]);
     fails(&["run", "--temperature=-1", "x"], 2, &["temperature", "0 (greedy) or more"]);
     fails(&["run", "--top-p", "1.5", "x"], 2, &["top_p"]);
     fails(&["run", "--greedy", "--seed", "1", "x"], 2, &["--greedy", "--seed"]);
@@ -285,7 +288,9 @@ fn help_teaches_and_completions_are_scripts() {
     for words in ["Examples:", "Exit codes:", "fourfold run --raw", "inspect", "devices", "completions"] {
         assert!(out(&output).contains(words), "no {words:?} in:\n{}", out(&output));
     }
-    for words in ["Examples:", "[default: auto]", "FOURFOLD_MODEL", "--repetition-penalty", "/help"] {
+    for words in
+        ["Examples:", "[default: auto]", "FOURFOLD_MODEL", "--repetition-penalty", "/help", "qwen3_moe, qwen3 or llama"]
+    {
         let output = fourfold(&["run", "--help"]);
         let help: Vec<&str> = out(&output).split_whitespace().collect();
         assert!(help.join(" ").contains(words), "no {words:?} in:\n{}", out(&output));

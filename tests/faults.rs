@@ -1,38 +1,77 @@
 //! Planted faults: each is a change of a recorded program or of the bytes that a launch reads, on one layer of an
 //! otherwise right engine. `bisect` must name exactly the layer and stage, and no other.
 //!
-//! To add one: a line in `FAULTS` with the stage that it makes wrong, and an arm in `plant`.
+//! To add one: a line in `FAULTS` with its model and the stage that it makes wrong, and an arm in `plant`.
 
+mod loading;
+
+use crate::families::fixture;
 use crate::harness::{cpu, gpu};
-use crate::models::fixture;
 use fourfold::device::{Buffer, Device};
-use fourfold::ops::{Gate, Op, Routes};
+use fourfold::format::{e4m3, nvfp4};
+use fourfold::ops::{ActScale, Gate, Op, Routes, StageActivation, Staging, staged_words};
 use fourfold::program::{Launch, Program, Slice};
 use fourfold::trace::bisect::{Reference, StageError, TOLERANCE, bisect};
 use fourfold::trace::file::TraceFile;
 use fourfold::trace::probe::probe;
-use fourfold::{DeviceChoice, Edit, Engine, HostStages, Session};
+use fourfold::{Activations, DeviceChoice, Edit, Engine, HostStages, Session};
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
 
-/// Name, layer, and the stage of that layer which is wrong by itself. Even layers of `tiny` slide.
-const FAULTS: [(&str, usize, &str); 15] = [
-    ("one code of one expert", 2, "mlp.down"),
-    ("swapped nibbles", 1, "mlp.up"),
-    ("E8M0 bias off by one", 2, "mlp.down"),
-    ("block scales shifted by one block", 0, "mlp.up"),
-    ("gate and up swapped", 3, "mlp.up"),
-    ("SwiGLU clamp dropped", 1, "mlp.up"),
-    ("one expert transposed", 2, "mlp.down"),
-    ("router weights not renormalised", 1, "mlp.router.weights"),
-    ("sink dropped", 3, "attention"),
-    ("window off by one", 2, "attention"),
-    ("YaRN off on one layer", 1, "attention"),
-    ("K cached before rotation", 0, "attention"),
-    ("stale scratch in one MoE layer", 2, "mlp.up"),
-    ("down-projection bias outside the weighted sum", 1, "mlp.out"),
-    ("norm gain not applied on one layer", 3, "mlp_norm"),
+/// A checkpoint, what enters its FP4 products, and what transformers recorded of one of its prompts.
+#[derive(Clone, Copy, PartialEq)]
+struct Model {
+    fixture: &'static str,
+    activations: Activations,
+    golden: &'static str,
+    prompt: &'static str,
+}
+
+/// MXFP4 experts, four layers; the even ones slide.
+const GPT_OSS: Model =
+    Model { fixture: "gpt_oss/tiny", activations: Activations::F32, golden: "golden.safetensors", prompt: "p33." };
+/// NVFP4 with multipliers, three layers; in the last one gate and up have different ones.
+const MODELOPT: Model = Model {
+    fixture: "qwen3_moe/modelopt",
+    activations: Activations::F32,
+    golden: "golden_w4a16.safetensors",
+    prompt: "p2.",
+};
+const MODELOPT_STATIC: Model =
+    Model { activations: Activations::Nvfp4Static, golden: "golden_w4a4_static.safetensors", ..MODELOPT };
+/// NVFP4 with divisors; every expert has an input scale of its own for its second matrix.
+const COMPRESSED_STATIC: Model = Model { fixture: "qwen3_moe/compressed_tensors", ..MODELOPT_STATIC };
+const COMPRESSED_TOKEN: Model =
+    Model { activations: Activations::Nvfp4Token, golden: "golden_w4a4_dyn_token.safetensors", ..COMPRESSED_STATIC };
+const MODELS: [Model; 5] = [GPT_OSS, MODELOPT, MODELOPT_STATIC, COMPRESSED_STATIC, COMPRESSED_TOKEN];
+
+/// Name, model, layer, and the stage of that layer which is wrong by itself.
+const FAULTS: [(&str, Model, usize, &str); 21] = [
+    ("one code of one expert", GPT_OSS, 2, "mlp.down"),
+    ("swapped nibbles", GPT_OSS, 1, "mlp.up"),
+    ("E8M0 bias off by one", GPT_OSS, 2, "mlp.down"),
+    ("block scales shifted by one block", GPT_OSS, 0, "mlp.up"),
+    ("gate and up swapped", GPT_OSS, 3, "mlp.up"),
+    ("SwiGLU clamp dropped", GPT_OSS, 1, "mlp.up"),
+    ("one expert transposed", GPT_OSS, 2, "mlp.down"),
+    ("router weights not renormalised", GPT_OSS, 1, "mlp.router.weights"),
+    ("sink dropped", GPT_OSS, 3, "attention"),
+    ("window off by one", GPT_OSS, 2, "attention"),
+    ("YaRN off on one layer", GPT_OSS, 1, "attention"),
+    ("K cached before rotation", GPT_OSS, 0, "attention"),
+    ("stale scratch in one MoE layer", GPT_OSS, 2, "mlp.up"),
+    ("down-projection bias outside the weighted sum", GPT_OSS, 1, "mlp.out"),
+    ("norm gain not applied on one layer", GPT_OSS, 3, "mlp_norm"),
+    ("NVFP4 global inverted", MODELOPT, 1, "mlp.down"),
+    ("alpha of the measured amax", MODELOPT_STATIC, 1, "mlp.up"),
+    ("swizzled scales read as linear", COMPRESSED_TOKEN, 0, "attn_out"),
+    ("gate's global used for up", MODELOPT, 2, "mlp.up"),
+    ("E4M3 scales read as E8M0", COMPRESSED_TOKEN, 1, "mlp.down"),
+    ("missing input_scale read as 0", COMPRESSED_STATIC, 1, "mlp.down"),
 ];
+
+/// Hidden size of the Qwen3-MoE fixtures, what attention gives, and the experts' inner size.
+const QWEN: [usize; 3] = [96, 128, 48];
 
 /// Changes programs of one engine; keeps the buffers that it made, by name, since every step is recorded anew.
 struct Planter {
@@ -70,6 +109,10 @@ impl Planter {
             change(bytemuck::cast_slice_mut(&mut words));
             bytemuck::cast_slice(&words).to_vec()
         });
+    }
+
+    fn change_floats(&self, program: &mut Program, at: usize, name: &'static str, change: impl FnOnce(&mut [f32])) {
+        self.change(program, at, name, |bytes| change(bytemuck::cast_slice_mut(bytes)));
     }
 
     fn constant(&self, program: &mut Program, at: usize, name: &str, value: f64) {
@@ -195,6 +238,62 @@ impl Planter {
                     b.chunks_exact_mut(2).for_each(|b| b.copy_from_slice(&half::bf16::ONE.to_le_bytes()));
                 });
             }
+            // What is to be divided by, multiplied.
+            "NVFP4 global inverted" => self.change_floats(p, down, "row_scales", |s| {
+                s.iter_mut().for_each(|s| *s = 1.0 / *s);
+            }),
+            "gate's global used for up" => self.change_floats(p, up, "row_scales", |s| {
+                s.chunks_exact_mut(2 * QWEN[2]).for_each(|expert| expert.copy_within(..QWEN[2], QWEN[2]));
+            }),
+            "swizzled scales read as linear" => {
+                let out = self.launch(p, 3, 1, |op| matches!(op, Op::Linear(_)));
+                self.change(p, out, "scales", |b| {
+                    // The padding of 96 rows to 128 is read as scales, too; what lies past the end is not.
+                    let swizzled = nvfp4::swizzle(b, QWEN[0], QWEN[1] / nvfp4::BLOCK);
+                    b.copy_from_slice(&swizzled[..b.len()]);
+                });
+            }
+            "E4M3 scales read as E8M0" => {
+                // A byte c then says 2^(c - 127), which E4M3 cannot. So a row's largest power goes into the row's f32,
+                // and what remains, 2^(c - largest), is 2^8 and less in E4M3. What is 2^18 times fainter than the
+                // row's largest block becomes nothing instead of next to nothing.
+                let blocks = QWEN[2] / nvfp4::BLOCK;
+                let mut scales = self.words(slice(&p.launches[down], "scales"));
+                let scales: &mut [u8] = bytemuck::cast_slice_mut(&mut scales);
+                let largest: Vec<i32> =
+                    scales.chunks_exact(blocks).map(|row| i32::from(*row.iter().max().unwrap())).collect();
+                self.change_floats(p, down, "row_scales", |s| {
+                    s.iter_mut().zip(&largest).for_each(|(s, top)| *s *= 2f32.powi(top - 127 - 8));
+                });
+                self.change(p, down, "scales", |b| {
+                    for (row, top) in b.chunks_exact_mut(blocks).zip(&largest) {
+                        row.iter_mut().for_each(|c| *c = e4m3::encode(2f32.powi(i32::from(*c) - top + 8)));
+                    }
+                });
+            }
+            "alpha of the measured amax" => {
+                // The codes are those of the file's scale; the rows are quantised once more for the scale alone.
+                let rows = 16;
+                let room = |name, words: usize| self.buffer(name, || vec![0; rows * words * 4]);
+                let to = Staging {
+                    rows: room("rows by amax", staged_words(QWEN[0])),
+                    scales: room("scales by amax", 1),
+                    report: room("report by amax", 2),
+                    amaxes: room("amaxes", 1),
+                };
+                let staged = self.launch(p, 4, 2, |op| matches!(op, Op::StageActivation(_)));
+                let x = slice(&p.launches[staged], "x");
+                let op = StageActivation { k: QWEN[0] as u32, rows_per_token: 1, share: 1, scale: ActScale::Token };
+                let mut more = Program::new(p.tokens(), HostStages::default());
+                more.stage_activation(op, x, x, None, &to); // a row's own scale does not ask for the step
+                let mut product = p.launches[up].clone();
+                bind(&mut product, "x_scales", to.scales);
+                p.replace(up, [more.launches, vec![product]].concat());
+            }
+            "missing input_scale read as 0" => {
+                let staged = self.launch(p, 4, 3, |op| matches!(op, Op::StageActivation(_)));
+                self.change_floats(p, staged, "input_scales", |s| s[5] = 0.0);
+            }
             other => unreachable!("{other} is in the list"),
         }
     }
@@ -208,14 +307,40 @@ fn bind(launch: &mut Launch, name: &str, slice: Slice) {
     launch.args.iter_mut().find(|arg| arg.name == name).unwrap().slice = slice;
 }
 
+impl Model {
+    fn engine(self, device: &Arc<dyn Device>) -> Engine {
+        let builder = Engine::builder().checkpoint(fixture(self.fixture)).device(DeviceChoice::Own(device.clone()));
+        builder.context(60).chunk(16).activations(self.activations).build().unwrap()
+    }
+
+    fn golden(self) -> TraceFile {
+        TraceFile::open_part(&fixture(self.fixture).join(self.golden), self.prompt).unwrap()
+    }
+
+    /// The golden's tokens; gpt-oss's stand in a file of their own.
+    fn tokens(self) -> Vec<u32> {
+        self.golden().tokens().map_or_else(prompt, <[u32]>::to_vec)
+    }
+
+    fn faults(self) -> impl Iterator<Item = (&'static str, usize, &'static str)> {
+        FAULTS.into_iter().filter(move |f| f.1 == self).map(|(fault, _, layer, stage)| (fault, layer, stage))
+    }
+}
+
+impl std::fmt::Display for Model {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{} {}", self.fixture, self.golden)
+    }
+}
+
+/// gpt-oss's.
 fn engine(device: &Arc<dyn Device>) -> Engine {
-    let builder = Engine::builder().checkpoint(fixture("tiny")).device(DeviceChoice::Own(device.clone()));
-    builder.context(60).chunk(16).build().unwrap()
+    GPT_OSS.engine(device)
 }
 
 fn prompt() -> Vec<u32> {
     let facts: serde_json::Value =
-        serde_json::from_slice(&std::fs::read(fixture("tiny").join("golden.json")).unwrap()).unwrap();
+        serde_json::from_slice(&std::fs::read(fixture(GPT_OSS.fixture).join("golden.json")).unwrap()).unwrap();
     let ids = facts["prompts"]["p33"]["tokens"].as_array().unwrap();
     ids.iter().map(|id| id.as_u64().unwrap() as u32).collect()
 }
@@ -236,53 +361,65 @@ fn planted(engine: &Engine, fault: &'static str, layer: usize) -> Session {
 
 #[test]
 fn a_right_engine_has_no_wrong_stage() {
-    let (engine, reference) = (engine(&under_test()), engine(&cpu()));
-    let mut twins = reference.session().unwrap();
-    let found = bisect(|| engine.session(), Reference::Session(&mut twins), &prompt()).unwrap();
-    assert!(found.len() > 4 * 12, "{} stages", found.len());
-    for stage in &found {
-        assert!(stage.local < TOLERANCE / 10.0, "{stage:?}");
-        assert!(stage.cumulative < TOLERANCE / 2.0, "{stage:?}");
+    for model in MODELS {
+        let (engine, reference) = (model.engine(&under_test()), model.engine(&cpu()));
+        let layers = engine.config().num_hidden_layers;
+        let mut twins = reference.session().unwrap();
+        let found = bisect(|| engine.session(), Reference::Session(&mut twins), &model.tokens()).unwrap();
+        assert!(found.len() > layers * 12, "{model}: {} stages", found.len());
+        let staged = found.iter().filter(|s| s.name.ends_with(".staged")).count();
+        assert_eq!(staged, if model.activations == Activations::F32 { 0 } else { 4 * layers }, "{model}");
+        for stage in &found {
+            assert!(stage.local < TOLERANCE / 10.0, "{model}: {stage:?}");
+            assert!(stage.cumulative < TOLERANCE / 2.0, "{model}: {stage:?}");
+        }
+        let found = bisect(|| engine.session(), Reference::Trace(&model.golden()), &model.tokens()).unwrap();
+        assert!(found.len() >= 3 + layers * 6 && wrong(&found).is_empty(), "{model}: {found:?}");
     }
-    let golden = TraceFile::open_part(&fixture("tiny").join("golden.safetensors"), "p33.").unwrap();
-    let found = bisect(|| engine.session(), Reference::Trace(&golden), &prompt()).unwrap();
-    assert!(found.len() >= 3 + 4 * 6 && wrong(&found).is_empty(), "{found:?}");
 }
 
 #[test]
 fn bisect_names_every_planted_fault_against_the_twins() {
-    let (engine, reference) = (engine(&under_test()), engine(&cpu()));
     let mut missed = Vec::new();
-    for (fault, layer, stage) in FAULTS {
-        let mut twins = reference.session().unwrap();
-        let found = bisect(|| Ok(planted(&engine, fault, layer)), Reference::Session(&mut twins), &prompt()).unwrap();
-        let want = format!("layers.{layer}.{stage}");
-        let first_to_look_wrong = found.iter().find(|s| s.cumulative > TOLERANCE).map(|s| s.name.as_str());
-        if wrong(&found) != [want.as_str()] || first_to_look_wrong != Some(&want) {
-            missed.push(format!("{fault}: {want}, but found {:?}, first {first_to_look_wrong:?}", wrong(&found)));
+    let mut planted_here = 0;
+    for model in MODELS {
+        let (engine, reference) = (model.engine(&under_test()), model.engine(&cpu()));
+        for (fault, layer, stage) in model.faults() {
+            planted_here += 1;
+            let mut twins = reference.session().unwrap();
+            let wrong_session = || Ok(planted(&engine, fault, layer));
+            let found = bisect(wrong_session, Reference::Session(&mut twins), &model.tokens()).unwrap();
+            let want = format!("layers.{layer}.{stage}");
+            let first_to_look_wrong = found.iter().find(|s| s.cumulative > TOLERANCE).map(|s| s.name.as_str());
+            if wrong(&found) != [want.as_str()] || first_to_look_wrong != Some(&want) {
+                missed.push(format!("{fault}: {want}, but found {:?}, first {first_to_look_wrong:?}", wrong(&found)));
+            }
+            // A single code moves the logits by less than what is called a difference, and is still found.
+            let later = found.iter().rev().take(2).all(|s| s.cumulative > TOLERANCE);
+            assert!(later || fault.starts_with("one code"), "{fault} does not reach the logits: {:?}", found.last());
         }
-        // A single code moves the logits by less than what is called a difference, and is still found.
-        let later = found.iter().rev().take(2).all(|s| s.cumulative > TOLERANCE);
-        assert!(later || fault.starts_with("one code"), "{fault} does not reach the logits: {:?}", found.last());
     }
+    assert_eq!(planted_here, FAULTS.len(), "every fault's model is in the list");
     assert!(missed.is_empty(), "{} of {} faults were not named:\n{}", missed.len(), FAULTS.len(), missed.join("\n"));
 }
 
 #[test]
 fn bisect_names_every_planted_fault_against_a_trace_from_outside() {
-    // transformers' golden has fewer stages: a fault shows in the first one at or after it that the golden has.
-    let engine = engine(&under_test());
-    let golden = TraceFile::open_part(&fixture("tiny").join("golden.safetensors"), "p33.").unwrap();
-    for (fault, layer, stage) in FAULTS {
-        let found = bisect(|| Ok(planted(&engine, fault, layer)), Reference::Trace(&golden), &prompt()).unwrap();
-        let seen_in = match stage {
-            "attention" => "attn_out",
-            "mlp.up" | "mlp.down" => "mlp.out",
-            "mlp_norm" => "mlp.router.logits",
-            other => other,
-        };
-        let want = format!("layers.{layer}.{seen_in}");
-        assert_eq!(wrong(&found).first(), Some(&want.as_str()), "{fault}");
+    // transformers' goldens have fewer stages: a fault shows in the first one at or after it that the golden has.
+    for model in MODELS {
+        let (engine, golden) = (model.engine(&under_test()), model.golden());
+        for (fault, layer, stage) in model.faults() {
+            let wrong_session = || Ok(planted(&engine, fault, layer));
+            let found = bisect(wrong_session, Reference::Trace(&golden), &model.tokens()).unwrap();
+            let seen_in = match stage {
+                "attention" => "attn_out",
+                "mlp.up" | "mlp.down" => "mlp.out",
+                "mlp_norm" => "mlp.router.logits", // GPT_OSS's has no mlp_norm
+                other => other,
+            };
+            let want = format!("layers.{layer}.{seen_in}");
+            assert_eq!(wrong(&found).first(), Some(&want.as_str()), "{fault}");
+        }
     }
 }
 

@@ -9,6 +9,7 @@ mod eval; // perplexity and divergence against plain sums; windows, references, 
 mod families; // Qwen3-MoE, Qwen3, Llama: every producer and mode against goldens of other people's code
 mod faults; // planted faults, each of which `bisect` must name
 mod format; // number formats against outside vectors, exhaustively
+mod inspect; // `inspect` for every family and producer, bad scales; `trace` against calibration
 mod kernels; // every kernel x shape x slot filling against its twin; bits independent of neighbours
 mod models; // tiny checkpoints: GPU = twins = golden of other people's code
 mod mutator; // breaks checkpoints for `checkpoint`

@@ -1,7 +1,7 @@
 //! `fourfold bench`: tokens a second, beside what memory allows here.
 
 use super::Ending;
-use super::run::EngineArgs;
+use super::engine::EngineArgs;
 use super::terminal::{self, Paint};
 use super::trace::note_fallback;
 use fourfold::bench::{self, Timed, median};

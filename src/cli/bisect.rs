@@ -1,6 +1,6 @@
 //! `fourfold bisect` and `fourfold probe`: which stage is wrong by itself, and whether a neighbour reaches a position.
 
-use super::run::{EngineArgs, HostArg};
+use super::engine::{EngineArgs, HostArg};
 use super::trace::note_fallback;
 use super::{Ending, Usage, terminal};
 use fourfold::device::{Device, gpu};
@@ -173,6 +173,11 @@ pub(super) struct ProbeArgs {
 }
 
 pub(super) fn probe(args: &ProbeArgs) -> anyhow::Result<Ending> {
+    if args.engine.shares_scales() {
+        let text = "--activations nvfp4-dynamic makes a token depend on its neighbours, and probe looks for just that: use \
+                    nvfp4-token or nvfp4-static";
+        return Err(Usage(text.into()).into());
+    }
     let engine = args.engine.load(args.engine.device()?, false)?;
     note_fallback(&engine);
     let tokens = args.prompt.tokens(&engine)?;

@@ -165,7 +165,7 @@ fn compared(args: &Args) -> fourfold::Result<Comparison> {
     if let Some([a, b]) = &checkpoints
         && let Some(first) = comparison.first_stage()
     {
-        let config = Config::open(&a)?;
+        let config = Config::open(a)?;
         let names = weights::tensors_of(&first.name, comparison.last_agreeing(), config.num_hidden_layers);
         comparison.weights = Some(weights::differences(a, b, &names));
     }

@@ -1,8 +1,8 @@
 //! `fourfold eval`: perplexity of a model on a text, alone or against a reference.
 
 use super::Ending;
+use super::engine::EngineArgs;
 use super::quantize::{bar, read_text};
-use super::run::EngineArgs;
 use super::terminal::{self, Paint};
 use super::trace::note_fallback;
 use fourfold::checkpoint::{Checkpoint, Mapping};

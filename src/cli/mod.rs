@@ -5,6 +5,7 @@ mod bisect;
 mod chat;
 mod devices;
 mod diff;
+mod engine;
 mod eval;
 mod inspect;
 mod interrupt;
@@ -25,8 +26,8 @@ Examples:
   fourfold                                      chat with the built-in model
   fourfold run --raw \"Once upon a time\"         continue a text
   fourfold run \"Tell me a story about a fox\"    one answer, then exit
-  fourfold run --model ~/models/gpt-oss-20b     chat with another model
-  fourfold inspect ~/models/gpt-oss-20b         what a checkpoint holds, and whether it is sound
+  fourfold run --model ~/models/gpt-oss-20b     chat with another model: gpt_oss, qwen3_moe, qwen3, llama
+  fourfold inspect ~/models/Qwen3-30B-A3B-NVFP4 what a checkpoint holds, and whether it is sound
   fourfold quantize SRC DST --format nvfp4      make an FP4 checkpoint of a bf16 one
   fourfold eval --text FILE                     perplexity on a text
   fourfold trace --prompt \"Hi\" -o a.safetensors  record every stage of a run
@@ -46,7 +47,7 @@ Exit codes:
 
 Without a command it is `fourfold run`: a chat on a terminal; in a pipe, an answer to what comes in on stdin.";
 
-/// Run FP4 Mixture-of-Experts language models on any GPU, or on the CPU
+/// Run FP4 language models, with experts or dense, on any GPU, or on the CPU
 #[derive(Parser)]
 #[command(name = "fourfold", version, about, after_help = EXAMPLES)]
 struct Cli {
@@ -121,7 +122,7 @@ pub(crate) fn main() -> ExitCode {
         Command::Quantize(args) => quantize::quantize(&args, cli.verbose > 0),
         Command::Eval(args) => eval::eval(&args),
         Command::Bench(args) => bench::bench(&args),
-        Command::Trace(args) => trace::trace(&args),
+        Command::Trace(args) => trace::trace(&args, cli.verbose > 0),
         Command::Diff(args) => diff::diff(&args),
         Command::Bisect(args) => bisect::bisect(&args),
         Command::Probe(args) => bisect::probe(&args),

@@ -143,7 +143,7 @@ fn details(columns: &[Column], check: &oracle::Check) -> String {
         parts.extend(outcome.notes.iter().map(|note| format!("{} {note}, which is allowed", column.title)));
     }
     if check.subject == Subject::Host {
-        parts.push("host code; no kernel reads this format yet".to_owned());
+        parts.push("host code".to_owned());
     }
     parts.join("; ")
 }

@@ -1,19 +1,17 @@
-//! `fourfold run`: the flags, the choice between chat, one answer and bare continuation, and the closing line.
+//! `fourfold run`: its flags, the choice between chat, one answer and bare continuation, and the closing line.
 
+use super::engine::{EngineArgs, activations_name};
 use super::interrupt::Interrupt;
 use super::screen::Screen;
 use super::terminal::{self, Paint};
 use super::{Ending, Usage, chat};
 use clap::ValueEnum;
-use fourfold::checkpoint::{Checkpoint, Mapping};
 use fourfold::config::GenerationConfig;
-use fourfold::device::gpu;
 use fourfold::sampler::Choice;
 use fourfold::tokenizer::{ChatOptions, Message, Reasoning};
-use fourfold::{CacheFormat, Chat, DeviceChoice, Engine, HostStages, ReplyOptions, Sampling, Stats};
+use fourfold::{Activations, Chat, Engine, ReplyOptions, Sampling, Stats};
 use std::hash::{BuildHasher, Hasher};
 use std::io::{self, IsTerminal, Read, Write};
-use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 /// Longest prompt taken from stdin, in bytes: no context holds more.
@@ -108,80 +106,11 @@ pub(super) struct Drawing {
     logprobs: Option<usize>,
 }
 
-/// What computes, and with which weights.
-#[derive(clap::Args)]
-#[command(next_help_heading = "Model and device")]
-pub(super) struct EngineArgs {
-    /// A Hugging Face directory with gpt-oss weights [default: the built-in model]
-    #[arg(long, value_name = "DIR", env = "FOURFOLD_MODEL")]
-    model: Option<PathBuf>,
-    /// What computes; auto: the best GPU, the CPU where there is none
-    #[arg(long, value_name = "WHAT", default_value = "auto")]
-    device: DeviceArg,
-    /// The GPU whose name contains this; `fourfold devices` lists them
-    #[arg(long, value_name = "NAME")]
-    adapter: Option<String>,
-    /// Tokens that a conversation can hold [default: 4096, or what the model allows]
-    #[arg(long, value_name = "TOKENS")]
-    context: Option<usize>,
-    /// Most prompt tokens at once: more is faster and takes more memory [default: 128]
-    #[arg(long, value_name = "TOKENS")]
-    chunk: Option<usize>,
-    /// How keys and values are kept; bf16 takes half the memory
-    #[arg(long, value_name = "FORMAT", default_value = "f32")]
-    kv: KvArg,
-    /// Stages that the CPU computes while the rest stays on the GPU: choosing experts, summing their outputs, attention; several with commas between
-    #[arg(long, value_name = "STAGES", value_delimiter = ',')]
-    host: Vec<HostArg>,
-    /// Read the weights into memory instead of mapping the files
-    #[arg(long)]
-    no_mmap: bool,
-    /// Keep wgpu's checks in the shaders: same results, slower. Takes a GPU
-    #[arg(long)]
-    checked_shaders: bool,
-    /// Behave as a GPU without subgroups
-    #[arg(long, hide = true)]
-    no_subgroups: bool,
-    /// Behave as a GPU that binds no more than this
-    #[arg(long, value_name = "N", hide = true)]
-    max_binding_bytes: Option<u64>,
-}
-
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum Effort {
     Low,
     Medium,
     High,
-}
-
-#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
-enum DeviceArg {
-    Auto,
-    Gpu,
-    Cpu,
-}
-
-#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub(super) enum HostArg {
-    Routing,
-    Scatter,
-    Attention,
-}
-
-/// How keys and values are kept.
-#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub(super) enum KvArg {
-    F32,
-    Bf16,
-}
-
-impl KvArg {
-    pub(super) fn format(self) -> CacheFormat {
-        match self {
-            Self::F32 => CacheFormat::F32,
-            Self::Bf16 => CacheFormat::Bf16,
-        }
-    }
 }
 
 /// What a run does.
@@ -346,6 +275,10 @@ impl Run<'_> {
             parts.push(after + if streamed.is_first(self) { &since } else { "" });
         }
         parts.push(self.engine.device().describe());
+        let activations = self.engine.activations();
+        if activations != Activations::F32 {
+            parts.push(format!("activations {}", activations_name(activations)));
+        }
         let sampling = self.reply_options().sampling;
         parts.push(if sampling.temperature == 0.0 { "greedy".to_owned() } else { format!("seed {}", sampling.seed) });
         if streamed.interrupted {
@@ -411,7 +344,7 @@ impl Args {
 
     /// Whether the user named a model.
     pub(super) fn has_model(&self) -> bool {
-        self.engine.model.is_some()
+        self.engine.has_model()
     }
 
     /// Nothing to answer. To a bare continuation, white space is text.
@@ -456,81 +389,6 @@ impl Drawing {
             stream: self.stream,
             top_logprobs: self.logprobs.unwrap_or(0),
         }
-    }
-}
-
-impl EngineArgs {
-    pub(super) fn device(&self) -> anyhow::Result<DeviceChoice> {
-        let asks_for_gpu =
-            self.adapter.is_some() || self.checked_shaders || self.no_subgroups || self.max_binding_bytes.is_some();
-        match self.device {
-            DeviceArg::Cpu if asks_for_gpu => {
-                Err(Usage("--device cpu does not go with options of a GPU (--adapter, --checked-shaders)".into())
-                    .into())
-            }
-            DeviceArg::Cpu => Ok(DeviceChoice::Cpu),
-            DeviceArg::Auto if !asks_for_gpu => Ok(DeviceChoice::Auto),
-            DeviceArg::Auto | DeviceArg::Gpu => Ok(self.gpu()),
-        }
-    }
-
-    /// Whether no stage is placed on the host.
-    pub(super) fn host_is_empty(&self) -> bool {
-        self.host.is_empty()
-    }
-
-    /// The GPU that the options ask for.
-    pub(super) fn gpu(&self) -> DeviceChoice {
-        DeviceChoice::Gpu(gpu::Options {
-            adapter: self.adapter.clone(),
-            checked_shaders: self.checked_shaders,
-            without_subgroups: self.no_subgroups,
-            max_binding_bytes: self.max_binding_bytes,
-        })
-    }
-
-    /// The checkpoint itself.
-    pub(super) fn checkpoint(&self) -> anyhow::Result<Checkpoint> {
-        let mapping = if self.no_mmap { Mapping::Read } else { Mapping::Mmap };
-        Ok(match &self.model {
-            Some(dir) => Checkpoint::open(dir, mapping)?,
-            None => fourfold::default_checkpoint()?,
-        })
-    }
-
-    pub(super) fn load(&self, device: DeviceChoice, quiet: bool) -> anyhow::Result<Engine> {
-        self.load_with_host(device, &self.host, quiet)
-    }
-
-    /// As [`Self::load`], with other stages on the host.
-    pub(super) fn load_with_host(&self, device: DeviceChoice, host: &[HostArg], quiet: bool) -> anyhow::Result<Engine> {
-        let bar = terminal::loading(quiet);
-        let shown = bar.clone();
-        let mut builder = Engine::builder()
-            .device(device)
-            .mapping(if self.no_mmap { Mapping::Read } else { Mapping::Mmap })
-            .cache(self.kv.format())
-            .host(HostStages {
-                routing: host.contains(&HostArg::Routing),
-                scatter: host.contains(&HostArg::Scatter),
-                attention: host.contains(&HostArg::Attention),
-            })
-            .progress(move |p| {
-                shown.set_length(p.total_bytes);
-                shown.set_position(p.done_bytes);
-            });
-        if let Some(dir) = &self.model {
-            builder = builder.checkpoint(dir);
-        }
-        if let Some(tokens) = self.context {
-            builder = builder.context(tokens);
-        }
-        if let Some(tokens) = self.chunk {
-            builder = builder.chunk(tokens);
-        }
-        let engine = builder.build();
-        bar.finish_and_clear();
-        Ok(engine?)
     }
 }
 

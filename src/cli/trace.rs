@@ -1,10 +1,13 @@
 //! `fourfold trace`: run a prompt and record every stage.
 
-use super::run::EngineArgs;
-use super::{Ending, Usage, terminal};
-use fourfold::trace::file::{IfThere, TraceWriter};
+use super::engine::{EngineArgs, activations_name};
+use super::terminal::{self, Paint};
+use super::{Ending, Usage};
+use fourfold::trace::calibration::{self, Measured, ScaleOf};
+use fourfold::trace::file::{IfThere, TraceFile, TraceWriter, split_layer};
 use fourfold::trace::record::{Keep, record};
 use fourfold::{Engine, Sampling, sampler};
+use std::io;
 use std::ops::RangeInclusive;
 use std::path::PathBuf;
 use std::time::Instant;
@@ -16,7 +19,12 @@ Examples:
   fourfold trace --prompt \"Hello\" --stage 'layers.*.mlp.*' --layers 0-3 -o mlp.safetensors
   fourfold trace --prompt \"Hello\" -n 32 --stats -o stats.safetensors
 
-Then `fourfold diff a.safetensors b.safetensors`. docs/outside-traces.md has the format.";
+Then `fourfold diff a.safetensors b.safetensors`. docs/outside-traces.md has the format.
+
+Where the checkpoint has calibrated scales of inputs (input_scale), the run's inputs are held against them: calibration \
+saw up to 2688 x input_scale. More than twice that is a warning. Rows before experts with scales of their own go by the \
+expert that they are routed to; with --stats, or without the stage mlp.router.experts, by the least. So do linears that \
+share an input.";
 
 #[derive(clap::Args)]
 #[command(after_help = EXAMPLES)]
@@ -48,11 +56,14 @@ pub(super) struct Args {
     /// Only these positions (0,3-5)
     #[arg(long, value_name = "LIST")]
     positions: Option<String>,
+    /// List every calibrated input against what calibration saw, not only the largest (so does --verbose)
+    #[arg(long)]
+    scales: bool,
     #[command(flatten)]
     engine: EngineArgs,
 }
 
-pub(super) fn trace(args: &Args) -> anyhow::Result<Ending> {
+pub(super) fn trace(args: &Args, verbose: bool) -> anyhow::Result<Ending> {
     if !args.force && args.output.exists() {
         return Err(Usage(format!("{} is there already: --force replaces it", args.output.display())).into());
     }
@@ -99,7 +110,87 @@ pub(super) fn trace(args: &Args) -> anyhow::Result<Ending> {
         terminal::bytes(size),
         args.output.display()
     ));
+    let calibrated = &engine.found().input_scales;
+    if calibrated.iter().any(|one| keep.stage(&one.stage)) {
+        against_calibration(&TraceFile::open(&args.output)?, args.scales || verbose)?;
+    } else if args.scales {
+        let none = if calibrated.is_empty() { "the checkpoint" } else { "what was recorded" };
+        terminal::note(&format!("{none} has no calibrated scales of inputs: there is nothing to list"));
+    }
     Ok(Ending::Done)
+}
+
+/// Hold the recorded inputs against calibration: a line, the table if asked for, and what is suspicious.
+fn against_calibration(trace: &TraceFile, list: bool) -> anyhow::Result<()> {
+    let all = calibration::measure(trace)?;
+    let Some(most) = all.iter().max_by(|x, y| x.ratio.total_cmp(&y.ratio)) else { return Ok(()) };
+    if list {
+        table(&all)?;
+    }
+    let (clipped, blocks) = all.iter().filter_map(|m| m.clipped).fold((0, 0), |(c, b), (x, y)| (c + x, b + y));
+    let share =
+        if blocks > 0 { format!("; {} of all blocks clipped", percent(clipped, blocks)) } else { String::new() };
+    let more = if list { "" } else { " (--scales: all)" };
+    terminal::note(&format!(
+        "inputs up to {} times what calibration saw, at {}{share}{more}",
+        ratio(most.ratio),
+        most.stage
+    ));
+    let suspicious: Vec<&Measured> = all.iter().filter(|m| m.is_suspicious()).collect();
+    let Some(first) = suspicious.first() else { return Ok(()) };
+    terminal::note(&warning(first));
+    match suspicious.len() - 1 {
+        0 => {}
+        1 => terminal::note("1 later input is out of calibration's range, too (--scales lists it)."),
+        n => terminal::note(&format!("{n} later inputs are out of calibration's range, too (--scales lists them).")),
+    }
+    Ok(())
+}
+
+/// What a suspicious input means, and where to look.
+fn warning(m: &Measured) -> String {
+    let place = format!("warning: {}: the input of this layer ", m.stage);
+    let norm = split_layer(&m.stage).and_then(|(layer, stage)| match stage {
+        "attn_norm" => Some(format!("model.layers.{layer}.input_layernorm.weight")),
+        "mlp_norm" => Some(format!("model.layers.{layer}.post_attention_layernorm.weight")),
+        _ => None,
+    });
+    let what = match m.ratio.is_nan() {
+        true => "holds NaN or infinity.".to_owned(),
+        false => format!("is {} times larger than calibration ever saw.", ratio(m.ratio)),
+    };
+    let look = match norm {
+        Some(gain) => format!("check that the norm's gain ({gain}) is loaded and applied"),
+        None => "check the stages before it, first that the gain of the norm is loaded and applied".to_owned(),
+    };
+    format!("{place}{what}\nThe wrong value is upstream: {look}.")
+}
+
+fn table(all: &[Measured]) -> io::Result<()> {
+    let row = |m: &Measured| {
+        let of = match m.scale_of {
+            ScaleOf::Stage => "the stage".to_owned(),
+            ScaleOf::Expert(expert) => format!("expert {expert}"),
+            ScaleOf::LeastOf(n) => format!("least of {n} experts"),
+        };
+        let clipped = m.clipped.map_or("-".to_owned(), |(clipped, blocks)| percent(clipped, blocks));
+        vec![m.stage.clone(), magnitude(m.amax), magnitude(m.amax_calibrated()), ratio(m.ratio), of, clipped]
+    };
+    let rows: Vec<Vec<String>> = all.iter().map(row).collect();
+    let head = ["stage", ">amax", ">calibrated", ">ratio", "scale of", ">clipped"];
+    terminal::table(&mut io::stdout().lock(), Paint(terminal::styled(&io::stdout())), &head, &rows)
+}
+
+fn percent(part: u64, of: u64) -> String {
+    format!("{:.1} %", 100.0 * part as f64 / of.max(1) as f64)
+}
+
+fn magnitude(x: f32) -> String {
+    if x >= 100.0 { format!("{x:.1}") } else { format!("{x:.4}") }
+}
+
+fn ratio(ratio: f32) -> String {
+    if ratio >= 10.0 { format!("{ratio:.1}") } else { format!("{ratio:.2}") }
 }
 
 /// The run's facts, for the file's metadata.
@@ -115,9 +206,13 @@ fn facts(args: &Args, engine: &Engine) -> anyhow::Result<Vec<(String, String)>> 
         ("device", engine.device().describe()),
         ("driver", engine.device().driver()),
         ("dtype", "float32".to_owned()),
+        ("activations", activations_name(engine.activations()).to_owned()),
         ("flags", serde_json::to_string(&flags)?),
     ];
     let mut facts: Vec<(String, String)> = facts.map(|(key, value)| (key.to_owned(), value)).into();
+    if !engine.found().input_scales.is_empty() {
+        facts.push((calibration::KEY.to_owned(), calibration::to_json(&engine.found().input_scales)));
+    }
     if let Some(prompt) = &args.prompt {
         facts.push(("prompt".to_owned(), prompt.clone()));
     }

@@ -322,7 +322,7 @@ impl<'a> Loader<'a> {
         }
         let stage = fed_by(&format!("{}.{}", name, if name.ends_with("down_proj") { "down_proj" } else { "up_proj" }));
         self.found.input_scales.extend(stage.map(|stage| InputScale { stage, module: name.to_owned(), scale }));
-        if wanted { Ok(Some(ExpertScales::Shared(self.put("input scale", &bytes)?))) } else { Ok(None) }
+        if wanted { Ok(Some(ExpertScales::Shared(self.put("input scale", bytes)?))) } else { Ok(None) }
     }
 
     fn uncalibrated(&self, module: &str) -> Error {

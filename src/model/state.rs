@@ -202,7 +202,9 @@ impl State {
     /// the stage that reports on quantising.
     pub(super) fn project(&self, p: &mut Program, w: &Projection, x: Slice, y: Slice, name: impl Fn() -> String) {
         let mut shared = None;
-        for piece in &w.pieces {
+        for (i, piece) in w.pieces.iter().enumerate() {
+            // Pieces with calibrated scales of their own quantise the same rows again: `.staged.2` and so on.
+            let name = || if i == 0 { name() } else { format!("{}.{}", name(), i + 1) };
             let input = match (shared, piece.input_scale) {
                 // What is quantised by its own measure serves all pieces; a calibrated scale serves its own.
                 (Some(input), None) if piece.weight.format == Format::Nvfp4 => input,

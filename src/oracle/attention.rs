@@ -20,23 +20,24 @@ pub(super) fn cache(
     Ok(KvCache { format, capacity, keys: store(keys)?, values: store(values)? })
 }
 
-/// Attention of queries that are all `query`, at these positions: `[T, H Dh]`.
+/// Attention of queries that are all `query`, at these positions, with a sink of this score or none: `[T, H Dh]`.
 pub(super) fn attend(
     t: &mut Trial<'_>,
     cache: KvCache,
     window: u32,
-    [query, sink]: [f64; 2],
+    (query, sink): (f64, Option<f64>),
     positions: &[u32],
 ) -> Result<Vec<f32>> {
     let [h, hk, dh] = HEADS;
     let tokens = positions.len();
     let rows: Vec<Row> = positions.iter().map(|&position| Row { position, ..Row::default() }).collect();
     let qkv = vec![exact(query); tokens * ((h + 2 * hk) * dh) as usize];
-    let (rows, qkv, sinks) = (t.input(&rows)?, t.input(&qkv)?, t.input(&bf16s(vec![sink; h as usize]))?);
+    let (rows, qkv) = (t.input(&rows)?, t.input(&qkv)?);
+    let sinks = sink.map(|sink| t.input(&bf16s(vec![sink; h as usize]))).transpose()?;
     let a = t.output(tokens * (h * dh) as usize)?;
     let op = Attention { h, hk, dh, window, capacity: cache.capacity, format: cache.format };
     let mut p = program(tokens);
-    p.attention(op, rows, qkv, cache, Some(sinks), a);
+    p.attention(op, rows, qkv, cache, sinks, a);
     Ok(floats(&t.run(&p, a)?))
 }
 
@@ -54,7 +55,7 @@ pub(super) fn one_key(t: &mut Trial<'_>) -> Result<()> {
     for &format in cache_formats(t) {
         let value = |j: usize, i: usize| if j == 0 { uneven(i) } else { f64::NAN };
         let kv = cache(t, format, CAPACITY, 0.0, value)?;
-        let a = attend(t, kv, 0, [0.0, 0.0], &[0])?;
+        let a = attend(t, kv, 0, (0.0, Some(0.0)), &[0])?;
         t.near(
             &a,
             |i| uneven(i % dh) / 2.0,
@@ -73,13 +74,31 @@ pub(super) fn attention_mean(t: &mut Trial<'_>) -> Result<()> {
     for &format in cache_formats(t) {
         let value = |j: usize, i: usize| uneven(j * 5 + i);
         let kv = cache(t, format, CAPACITY, 1.0, value)?;
-        let a = attend(t, kv, 0, [1.0, NO_SINK], positions)?;
+        let a = attend(t, kv, 0, (1.0, Some(NO_SINK)), positions)?;
         let want = |i: usize| {
             let n = positions[i / (h * dh)] as usize + 1;
             (0..n).map(|j| value(j, i % dh)).sum::<f64>() / n as f64
         };
         let what =
             |i: usize| format!("{format:?} cache, {} keys, element {}", positions[i / (h * dh)] + 1, i % (h * dh));
+        t.near(&a, want, |_| 3.0, Some(ROUNDS_QUOTIENTS), what);
+    }
+    Ok(())
+}
+
+/// Without a sink the keys share all of the weight, however small their scores: here -8192 each.
+pub(super) fn attention_no_sink(t: &mut Trial<'_>) -> Result<()> {
+    let (h, dh) = (HEADS[0] as usize, HEADS[2] as usize);
+    let positions = [0, 1, 3];
+    for &format in cache_formats(t) {
+        let value = |j: usize, i: usize| if j < 4 { uneven(j * 5 + i) } else { f64::NAN };
+        let kv = cache(t, format, CAPACITY, -64.0, value)?;
+        let a = attend(t, kv, 0, (16.0, None), &positions)?;
+        let want = |i: usize| {
+            let n = positions[i / (h * dh)] as usize + 1;
+            (0..n).map(|j| value(j, i % dh)).sum::<f64>() / n as f64
+        };
+        let what = |i: usize| format!("{format:?} cache, row {}, element {}", i / (h * dh), i % (h * dh));
         t.near(&a, want, |_| 3.0, Some(ROUNDS_QUOTIENTS), what);
     }
     Ok(())
@@ -94,7 +113,7 @@ pub(super) fn attention_window(t: &mut Trial<'_>) -> Result<()> {
             _ => f64::NAN,
         };
         let kv = cache(t, format, 8, 1.0, value)?;
-        let a = attend(t, kv, 4, [1.0, NO_SINK], &[9])?;
+        let a = attend(t, kv, 4, (1.0, Some(NO_SINK)), &[9])?;
         let want = |i: usize| [6, 7, 0, 1].map(|j| value(j, i % dh)).iter().sum::<f64>() / 4.0;
         t.near(&a, want, |_| 3.0, Some(ROUNDS_QUOTIENTS), |i| format!("{format:?} cache, element {i}"));
     }

@@ -1,4 +1,4 @@
-//! Known answers of number formats that only host code reads so far.
+//! Known answers of the scalar code that reads and writes number formats.
 
 use super::*;
 
@@ -45,6 +45,7 @@ pub(super) fn e4m3_values(t: &mut Trial<'_>, decode: impl Fn(u8) -> f32, encode:
 pub(super) fn nvfp4_case(t: &mut Trial<'_>) -> Result<()> {
     nvfp4_blocks(t, nvfp4::decode_row);
     nvfp4_swizzle(t, nvfp4::swizzled_offset);
+    nvfp4_round_trip(t, nvfp4::swizzle, nvfp4::unswizzle);
     Ok(())
 }
 
@@ -94,6 +95,63 @@ pub(super) fn nvfp4_swizzle(t: &mut Trial<'_>, offset: impl Fn(usize, usize, usi
     }
 }
 
+/// Row, scale, offset.
+type Place = (usize, usize, usize);
+/// Rows, scales a row; then places with their offsets, worked out by hand from
+/// `((row/128) ceil(scales/4) + k/4) 512 + (row%32) 16 + (row%128)/32 4 + k%4`.
+const OFFSETS: [(usize, usize, &[Place]); 3] = [
+    (
+        256,
+        8,
+        &[
+            (0, 0, 0),
+            (1, 0, 16),
+            (31, 3, 499),
+            (32, 0, 4),
+            (33, 1, 21),
+            (127, 3, 511),
+            (0, 4, 512),
+            (128, 0, 1024),
+            (129, 5, 1553),
+            (255, 7, 2047),
+        ],
+    ),
+    (130, 5, &[(0, 3, 3), (0, 4, 512), (127, 4, 1020), (128, 0, 1024), (129, 4, 1552)]),
+    (131, 1, &[(0, 0, 0), (96, 0, 12), (130, 0, 544)]),
+];
+
+/// Every scale has a number of its own, its low and its high byte swizzled one after the other: each lies at its offset,
+/// the padding is zero, and all come back.
+pub(super) fn nvfp4_round_trip(
+    t: &mut Trial<'_>,
+    swizzle: impl Fn(&[u8], usize, usize) -> Vec<u8>,
+    unswizzle: impl Fn(&[u8], usize, usize) -> Vec<u8>,
+) {
+    for (rows, n, places) in OFFSETS {
+        let halves = [0, 8].map(|shift| (1..=rows * n).map(|i| (i >> shift) as u8).collect::<Vec<_>>());
+        let swizzled = halves.each_ref().map(|half| swizzle(half, rows, n));
+        let whole = |[low, high]: &[Vec<u8>; 2], at: usize| match (low.get(at), high.get(at)) {
+            (Some(low), Some(high)) => usize::from(*low) | usize::from(*high) << 8,
+            _ => usize::MAX,
+        };
+        let bytes = rows.div_ceil(128) * 128 * n.div_ceil(4) * 4;
+        if swizzled.iter().any(|half| half.len() != bytes) {
+            t.wrong(|| format!("{rows} rows of {n}: got {} bytes, want {bytes}", swizzled[0].len()));
+        }
+        for (row, k, at) in places {
+            let (got, want) = (whole(&swizzled, *at), row * n + k + 1);
+            if got != want {
+                t.wrong(|| format!("{rows} rows of {n}, scale {k} of row {row} at {at}: got {got}, want {want}"));
+            }
+        }
+        let kept = (0..bytes).filter(|at| whole(&swizzled, *at) != 0).count();
+        let back = swizzled.each_ref().map(|half| if half.len() == bytes { unswizzle(half, rows, n) } else { vec![] });
+        if kept != rows * n || back != halves {
+            t.wrong(|| format!("{rows} rows of {n}: got {kept} scales, not all {} as they were", rows * n));
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -128,6 +186,26 @@ mod tests {
         assert!(fails(|t| nvfp4_blocks(t, inverted)));
         assert!(!fails(|t| nvfp4_swizzle(t, nvfp4::swizzled_offset)));
         assert!(fails(|t| nvfp4_swizzle(t, |row, k, n| row * n + k)));
+        assert!(!fails(|t| nvfp4_round_trip(t, nvfp4::swizzle, nvfp4::unswizzle)));
+        // Never swizzled; swizzled twice; back in another way; rows not padded.
+        let padded = |scales: &[u8], rows: usize, n: usize| {
+            let mut out = scales.to_vec();
+            out.resize(nvfp4::swizzled_bytes(rows, n), 0);
+            out
+        };
+        assert!(fails(|t| nvfp4_round_trip(t, padded, |scales, rows, n| scales[..rows * n].to_vec())));
+        let twice = |scales: &[u8], rows: usize, n: usize| {
+            let once = nvfp4::swizzle(scales, rows, n);
+            nvfp4::swizzle(&once, rows.next_multiple_of(128), n.next_multiple_of(4))
+        };
+        assert!(fails(|t| nvfp4_round_trip(t, twice, nvfp4::unswizzle)));
+        assert!(fails(|t| nvfp4_round_trip(t, nvfp4::swizzle, |scales, rows, n| scales[..rows * n].to_vec())));
+        let short = |scales: &[u8], rows: usize, n: usize| {
+            let mut out = nvfp4::swizzle(scales, rows, n);
+            out.truncate(rows * n.next_multiple_of(4));
+            out
+        };
+        assert!(fails(|t| nvfp4_round_trip(t, short, nvfp4::unswizzle)));
     }
 
     #[test]

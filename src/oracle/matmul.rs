@@ -190,14 +190,14 @@ pub(super) fn fused_multiply_add(t: &mut Trial<'_>) -> Result<()> {
     Ok(())
 }
 
-/// Routes of `scores [T, E]`: the experts' and the weights' words.
-pub(super) fn route(t: &mut Trial<'_>, scores: &[f32]) -> Result<(Vec<u32>, Vec<f32>)> {
+/// Routes of `scores [T, E]`, the weights a softmax over the chosen or over all: the experts' and the weights' words.
+pub(super) fn route(t: &mut Trial<'_>, scores: &[f32], normalise: bool) -> Result<(Vec<u32>, Vec<f32>)> {
     let (e, a) = (8, 4);
     let tokens = scores.len() / e;
     let routes = Routes { experts: t.output(tokens * a)?, weights: t.output(tokens * a)? };
     let scores = t.input(scores)?;
     let mut p = program(tokens);
-    p.router(Router { e: e as u32, a: a as u32, normalise: true }, scores, routes);
+    p.router(Router { e: e as u32, a: a as u32, normalise }, scores, routes);
     let experts = t.run(&p, routes.experts)?;
     Ok((experts, floats(&t.read(routes.weights)?)))
 }
@@ -214,7 +214,7 @@ pub(super) fn router_ties(t: &mut Trial<'_>) -> Result<()> {
         ([1e30, -1e30, 1e-30, -1e-30, 0.0, 1e30, -1e30, 1e-30], [0, 5, 2, 7]),
     ];
     let scores: Vec<f32> = cases.iter().flat_map(|(scores, _)| *scores).collect();
-    let (experts, weights) = route(t, &scores)?;
+    let (experts, weights) = route(t, &scores, true)?;
     let want: Vec<u32> = cases.iter().flat_map(|(_, experts)| *experts).collect();
     t.same(&experts, &want, |i| format!("case {}, place {}", i / 4, i % 4));
     let even: Vec<f32> = [2, 3, 4].iter().flat_map(|case| weights[case * 4..][..4].to_vec()).collect();
@@ -223,12 +223,28 @@ pub(super) fn router_ties(t: &mut Trial<'_>) -> Result<()> {
     Ok(())
 }
 
+/// Softmax over all eight: equal ones have an eighth each, though four are chosen; seven that count for nothing leave one.
+pub(super) fn router_all(t: &mut Trial<'_>) -> Result<()> {
+    let low = -1e30;
+    let cases: [([f32; 8], [f64; 4]); 4] = [
+        ([0.5; 8], [0.125; 4]),
+        ([low, 3.0, low, 3.0, low, 3.0, low, 3.0], [0.25; 4]),
+        ([low, low, low, low, low, low, -7.0, low], [1.0, 0.0, 0.0, 0.0]),
+        ([-2.0, -2.0, low, low, low, low, low, low], [0.5, 0.5, 0.0, 0.0]),
+    ];
+    let scores: Vec<f32> = cases.iter().flat_map(|(scores, _)| *scores).collect();
+    let (_, weights) = route(t, &scores, false)?;
+    let want = |i: usize| cases[i / 4].1[i % 4];
+    t.near(&weights, want, |_| 3.0, Some(ROUNDS_QUOTIENTS), |i| format!("case {}, weight {}", i / 4, i % 4));
+    Ok(())
+}
+
 /// Scores 0 and -d weigh 1/(1 + e^-d) and e^-d/(1 + e^-d), for d from 0 to 87.
 pub(super) fn exp(t: &mut Trial<'_>) -> Result<()> {
     let points = if t.quick { 60 } else { 700 };
     let d = |i: usize| (i as f64 * 87.0 / points as f64) as f32;
     let scores: Vec<f32> = (0..points).flat_map(|i| [-1e30, -d(i), -1e30, -1e30, 0.0, -1e30, -1e30, -1e30]).collect();
-    let (_, weights) = route(t, &scores)?;
+    let (_, weights) = route(t, &scores, true)?;
     let want = |i: usize| {
         let small = (-f64::from(d(i / 4))).exp();
         match i % 4 {

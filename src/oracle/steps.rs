@@ -1,7 +1,7 @@
 //! Known answers of the small stages, and of a few stages run together: the same bits twice, no old scratch.
 
 use super::*;
-use crate::ops::Swiglu;
+use crate::ops::{Gate, Glu, HeadNorm, Swiglu};
 
 /// A row of one element 16 and 255 zeros has mean square 1: the gain comes out at its place. Rows of threes become the gain.
 pub(super) fn rms_norm(t: &mut Trial<'_>) -> Result<()> {
@@ -21,6 +21,54 @@ pub(super) fn rms_norm(t: &mut Trial<'_>) -> Result<()> {
     };
     // A square root and a division of 2.5 to 3 ulp each, and two products.
     t.near(&y, want, |_| 8.0, None, cell(d));
+    Ok(())
+}
+
+/// A head of one element 8 and 63 zeros has mean square 1: the gain comes out, of queries or of keys. Each head has its
+/// element at another place; values stay as they are.
+pub(super) fn head_norm(t: &mut Trial<'_>) -> Result<()> {
+    let [h, hk, dh] = HEADS.map(|n| n as usize);
+    let width = (h + 2 * hk) * dh;
+    let gain = |head: usize, i: usize| if head < h { uneven(i) / 4.0 } else { uneven(i + 40) };
+    let part = |i: usize| (i / width, i % width / dh, i % dh);
+    let at = |token: usize, head: usize| (token + 5 * head) % dh;
+    let x = |i: usize| match part(i) {
+        (_, head, i) if head >= h + hk => uneven(i + head),
+        (token, head, i) if i == at(token, head) => 8.0,
+        _ => 0.0,
+    };
+    let gains = [t.input(&bf16s((0..dh).map(|i| gain(0, i))))?, t.input(&bf16s((0..dh).map(|i| gain(h, i))))?];
+    let data: Vec<f32> = (0..dh * width).map(|i| exact(x(i))).collect();
+    let qkv = t.input(&data)?;
+    let mut p = program(dh);
+    p.head_norm(HeadNorm { h: h as u32, hk: hk as u32, dh: dh as u32, eps: 0.0 }, gains, qkv);
+    let y = floats(&t.run(&p, qkv)?);
+    let is_value = |i: usize| part(i).1 >= h + hk;
+    let want = |i: usize| if is_value(i) { x(i) } else { x(i) * gain(part(i).1, part(i).2) };
+    // As for rms_norm; what is left alone is exact.
+    let what = |i: usize| format!("row {}, head {}, element {}", part(i).0, part(i).1, part(i).2);
+    t.near(&y, want, |i| if is_value(i) { 0.0 } else { 8.0 }, None, what);
+    Ok(())
+}
+
+/// gate sigmoid(gate) up against f64; gates from 128 on have a sigmoid of 1, so that the product is exact.
+pub(super) fn silu(t: &mut Trial<'_>) -> Result<()> {
+    let (f, tokens) = (9, 40);
+    let gate = |i: usize| match i % f {
+        0 => two_to(7 + (i / f % 4) as i32),
+        _ => (i / f * 8 + i % f) as f64 / 16.0 - 10.0,
+    };
+    let up = |i: usize| uneven(i) / 8.0;
+    let row = |token: usize| (0..f).map(move |i| gate(token * f + i)).chain((0..f).map(move |i| up(token * f + i)));
+    let x: Vec<f32> = (0..tokens).flat_map(row).map(exact).collect();
+    let (x, y) = (t.input(&x)?, t.output(tokens * f)?);
+    let mut p = program(tokens);
+    p.glu(Glu { f: f as u32, gate: Gate::Silu }, x, y);
+    let y = floats(&t.run(&p, y)?);
+    let want = |i: usize| gate(i) / (1.0 + (-gate(i)).exp()) * up(i);
+    // exp, a sum, a division and a product; a driver may round exp's argument once more.
+    let allowed = |i: usize| if i.is_multiple_of(f) { 3.0 } else { 8.0 + gate(i).abs() };
+    t.near(&y, want, allowed, None, |i| format!("gate {}, up {}", gate(i), up(i)));
     Ok(())
 }
 

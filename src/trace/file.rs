@@ -31,28 +31,40 @@ pub const FORMAT: &str = "fourfold-trace";
 pub const VERSION: &str = "1";
 
 /// The stages of a layer, in execution order, as they are called after `layers.N.`.
-pub const LAYER_STAGES: [&str; 12] = [
+pub const LAYER_STAGES: [&str; 18] = [
     "attn_norm",
+    "attn_norm.staged",
     "qkv",
+    "qkv_norm",
     "attention",
+    "attention.staged",
     "attn_out",
     "mlp_norm",
     "mlp.router.logits",
     "mlp.router.experts",
     "mlp.router.weights",
+    "mlp_norm.staged",
+    "mlp.gate_up",
     "mlp.up",
+    "mlp.up.staged",
     "mlp.down",
     "mlp.out",
     "hidden",
 ];
 
 /// What other programs call our stages, after the layer.
-const ALIASES: [(&str, &str); 4] = [
+const ALIASES: [(&str, &str); 7] = [
+    ("attn_in", "attn_norm"),
+    ("moe_in", "mlp_norm"),
     ("router_logits", "mlp.router.logits"),
     ("topk_index", "mlp.router.experts"),
     ("topk_weight", "mlp.router.weights"),
     ("moe_out", "mlp.out"),
+    ("mlp_out", "mlp.out"),
 ];
+
+/// A run's tokens where they are a tensor and not in the metadata.
+const INPUT_IDS: &str = "input_ids";
 
 /// The types of tensors that are read as stages.
 const READ: [Dtype; 9] =
@@ -87,15 +99,32 @@ fn is_known(name: &str) -> bool {
     group != 3 && (group != 1 || idx < LAYER_STAGES.len())
 }
 
-/// A tensor's name in our words: without `model.`, `layers.N.` for `layerN.`, `mlp.out` for `moe_out` and so on.
+/// A tensor's name in our words: without `model.`, `layers.N.` for `layerN.`, `mlp.out` for `moe_out` and so on. The layer
+/// may come last: `moe_out.N`; `hidden.N` is then what enters layer N.
 pub fn our_name(name: &str) -> String {
     let name = name.strip_prefix("model.").unwrap_or(name);
+    if let Some(name) = layer_last(name) {
+        return name;
+    }
     let numbered = name.strip_prefix("layers.").or_else(|| name.strip_prefix("layer"));
     let Some((layer, stage)) = numbered.and_then(|rest| rest.split_once('.')) else { return name.to_owned() };
     let Ok(layer) = layer.parse::<usize>() else { return name.to_owned() };
     let (stage, what) = stage.split_once('#').map_or((stage, None), |(stage, what)| (stage, Some(what)));
-    let stage = ALIASES.iter().find(|(theirs, _)| *theirs == stage).map_or(stage, |(_, ours)| ours);
-    format!("layers.{layer}.{stage}{}", what.map(|what| format!("#{what}")).unwrap_or_default())
+    format!("layers.{layer}.{}{}", our_stage(stage), what.map(|what| format!("#{what}")).unwrap_or_default())
+}
+
+fn our_stage(stage: &str) -> &str {
+    ALIASES.iter().find(|(theirs, _)| *theirs == stage).map_or(stage, |(_, ours)| ours)
+}
+
+fn layer_last(name: &str) -> Option<String> {
+    let (stage, layer) = name.rsplit_once('.')?;
+    let (stage, layer) = (our_stage(stage), layer.parse::<usize>().ok()?);
+    match (stage, layer) {
+        ("hidden", 0) => Some("embed".to_owned()),
+        ("hidden", layer) => Some(format!("layers.{}.hidden", layer - 1)),
+        _ => LAYER_STAGES.contains(&stage).then(|| format!("layers.{layer}.{stage}")),
+    }
 }
 
 /// The elements of a stage.
@@ -200,7 +229,15 @@ impl TraceFile {
         if !stages.iter().any(|name| is_known(name)) {
             return Err(fault(no_stages(&all, prefix)));
         }
-        Ok(Self { path: path.to_owned(), file: Mutex::new(file), base, metadata, tokens, tensors, stages })
+        let path = path.to_owned();
+        let mut trace = Self { path, file: Mutex::new(file), base, metadata, tokens, tensors, stages };
+        if trace.tokens.is_none()
+            && trace.has_values(INPUT_IDS)
+            && let Values::I32(ids) = trace.values(INPUT_IDS)?
+        {
+            trace.tokens = Some(ids.into_iter().map(|id| id as u32).collect());
+        }
+        Ok(trace)
     }
 
     /// The file.
@@ -363,7 +400,7 @@ fn array<const N: usize>(bytes: &[u8]) -> [u8; N] {
 
 /// A tensor that says something about stages and is none.
 fn is_beside(name: &str) -> bool {
-    name == POSITIONS || name.contains('#')
+    name == POSITIONS || name == INPUT_IDS || name.contains('#')
 }
 
 /// The file, where its data begin, and its checked header.
@@ -570,6 +607,12 @@ mod tests {
             ("layer3.router_logits", "layers.3.mlp.router.logits"),
             ("model.layers.12.topk_index", "layers.12.mlp.router.experts"),
             ("layers.0.moe_out", "layers.0.mlp.out"),
+            ("moe_out.2", "layers.2.mlp.out"),
+            ("moe_in.11", "layers.11.mlp_norm"),
+            ("hidden.0", "embed"),
+            ("hidden.3", "layers.2.hidden"),
+            ("final_norm", "final_norm"),
+            ("weights.3", "weights.3"),
             ("layer0.mlp.up#stats", "layers.0.mlp.up#stats"),
             ("model.embed", "embed"),
             ("layerx.hidden", "layerx.hidden"),

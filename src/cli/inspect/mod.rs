@@ -2,19 +2,24 @@
 //!
 //! The report is written as far as it goes; what the engine would refuse is the error at its end.
 
+mod bad;
+mod kinds;
 mod ledger;
+mod quantization;
 mod scales;
 
+use self::kinds::{Kind, format_of, layer, parameters, pattern};
+use self::ledger::Ledger;
 use super::Ending;
-use super::run::KvArg;
+use super::engine::{ActivationsArg, KvArg, scale_order};
 use super::terminal::{self, Paint, bytes, count, grouped};
-use fourfold::checkpoint::{Checkpoint, Dtype, Mapping, ScaleOrder, TensorView};
-use fourfold::config::{Config, GenerationConfig, LayerType, Scaling};
+use fourfold::checkpoint::{Checkpoint, Mapping, TensorView};
+use fourfold::config::{Config, Family, GenerationConfig, LayerType, Scaling};
 use fourfold::device::{Limits, gpu};
 use fourfold::model::Plan;
 use fourfold::tokenizer::{ChatFormat, Text};
-use fourfold::{Activations, DEFAULT_CHUNK, DEFAULT_CONTEXT, HostStages, Result};
-use std::collections::BTreeMap;
+use fourfold::{DEFAULT_CHUNK, DEFAULT_CONTEXT, Error, HostStages, Result};
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::{self, Write};
 use std::path::PathBuf;
 
@@ -24,9 +29,15 @@ Examples:
   fourfold inspect ~/models/gpt-oss-20b --context 32768    with the memory that such a context takes
   fourfold inspect ~/models/gpt-oss-20b --all > report.txt
 
-Scales: each FP4 block of 32 elements has an E8M0 byte s and is worth 2^(s - 127) times its codes. Suspicious is a byte \
+Families: gpt_oss, qwen3_moe, qwen3, llama; weights in BF16, MXFP4, NVFP4 and FP8.
+
+Scales: every NVFP4 and FP8 scale shall be a finite number above zero (of NVFP4's block scales 0 will do); each one that \
+is not is listed, and the exit code is 3. MXFP4: each block of 32 elements has an E8M0 byte s and is worth 2^(s - 127) times its codes. Suspicious is a byte \
 of 255 (NaN); of 0 (2^-127, which GPUs may take for 0), or more than 40 away from the tensor's median, where the block \
 has codes other than zero. The median is that of the bytes from 1 to 254.";
+
+/// Where lines of words are broken.
+const COLUMNS: usize = 80;
 
 /// Flags of `fourfold inspect`.
 #[derive(clap::Args)]
@@ -47,6 +58,12 @@ pub(super) struct Args {
     /// How keys and values are kept
     #[arg(long, value_name = "FORMAT", default_value = "f32")]
     kv: KvArg,
+    /// What is multiplied with NVFP4 weights: f32, or quantised to NVFP4 (W4A4); see `fourfold run --help`
+    #[arg(long, value_name = "HOW", default_value = "f32")]
+    activations: ActivationsArg,
+    /// NVFP4 block scales lie in 128x4 order, not row by row
+    #[arg(long)]
+    swizzled_scales: bool,
     /// Read the files into memory instead of mapping them
     #[arg(long)]
     no_mmap: bool,
@@ -62,30 +79,37 @@ pub(super) fn inspect(args: &Args) -> anyhow::Result<Ending> {
         Report { checkpoint: &checkpoint, args, out: io::BufWriter::new(io::stdout().lock()), paint: paint() };
     let config = Config::open(&checkpoint);
     report.files()?;
-    let mut sound = Ok(());
+    let (mut sound, mut planned) = (Ok(()), None);
     match &config {
         Ok(config) => {
             report.architecture(config)?;
             sound = report.text(config)?;
             report.kinds(config)?;
+            planned = Some(report.plan(config));
+            report.quantization(config, planned.as_ref().and_then(|p| p.as_ref().ok()).map(|(_, ledger)| ledger))?;
         }
         Err(e) => writeln!(report.out, "\nconfig.json cannot be used: {}", terminal::printable(&e.to_string()))?,
     }
     report.tensors()?;
     report.scales()?;
-    if let Ok(config) = &config {
-        sound = report.places(config)?.and(sound);
+    let scales = report.bad_scales()?;
+    if let (Ok(config), Some(planned)) = (&config, planned) {
+        sound = report.places(config, planned)?.and(sound);
     }
     report.out.flush()?;
     drop(report);
     config?;
     sound?;
+    scales?;
     Ok(Ending::Done)
 }
 
 fn paint() -> Paint {
     Paint(terminal::styled(&io::stdout()))
 }
+
+/// The plan, and the books of loading by it.
+type Planned = Result<(Plan, Ledger)>;
 
 struct Report<'a, W: Write> {
     checkpoint: &'a Checkpoint,
@@ -102,7 +126,14 @@ impl<W: Write> Report<'_, W> {
     /// Name and values, in two columns.
     fn facts(&mut self, facts: &[(&str, String)]) -> io::Result<()> {
         let width = facts.iter().map(|(name, _)| name.len()).max().unwrap_or_default();
-        facts.iter().try_for_each(|(name, value)| writeln!(self.out, "  {name:width$}  {}", terminal::printable(value)))
+        for (name, value) in facts {
+            let lines = wrapped(&terminal::printable(value), COLUMNS - width - 4);
+            for (i, line) in lines.iter().enumerate() {
+                let name = if i == 0 { *name } else { "" };
+                writeln!(self.out, "  {name:width$}  {line}")?;
+            }
+        }
+        Ok(())
     }
 
     fn files(&mut self) -> io::Result<()> {
@@ -120,7 +151,7 @@ impl<W: Write> Report<'_, W> {
         let sliding = c.layer_types.iter().filter(|t| **t == LayerType::Sliding).count();
         let full = c.num_hidden_layers - sliding;
         let rope = match &c.rope.scaling {
-            None => format!("theta {}", c.rope.theta),
+            None => format!("theta {}, not scaled", c.rope.theta),
             Some(Scaling::Llama3(l)) => {
                 let original = l.original_max_position_embeddings;
                 format!("theta {}, Llama 3 factor {} over {original} positions", c.rope.theta, l.factor)
@@ -131,29 +162,58 @@ impl<W: Write> Report<'_, W> {
                 format!("theta {}, YaRN factor {} over {original} positions", c.rope.theta, y.factor)
             }
         };
-        let head = if c.tie_word_embeddings { "the embedding" } else { "a matrix of its own" };
-        self.title(&format!("Architecture: {}", c.family.name().replace('_', "-")))?;
-        self.facts(&[
+        let (moe, dense): (Vec<usize>, Vec<usize>) = (0..c.num_hidden_layers).partition(|layer| c.is_moe(*layer));
+        let inside = if moe.is_empty() { "dense" } else { "with experts" };
+        self.title(&format!("Architecture: {}, {inside}", c.family.name().replace('_', "-")))?;
+        let heads = format!(
+            "{} query heads of {}, {} key/value heads",
+            c.num_attention_heads, c.head_dim, c.num_key_value_heads
+        );
+        let has = |part: &str| self.checkpoint.tensors().any(|t| t.name.contains(part));
+        let with = [
+            (has(".self_attn.q_norm."), "norms on heads"),
+            (c.attention_bias, "biases"),
+            (has(".self_attn.sinks"), "sinks"),
+        ];
+        let with: Vec<&str> = with.iter().filter_map(|(there, what)| there.then_some(*what)).collect();
+        let with = if with.is_empty() { String::new() } else { format!("; {}", with.join(", ")) };
+        let sees = match sliding {
+            0 => "all see all positions".to_owned(),
+            _ => format!("{sliding} see the last {} positions, {full} see all", c.sliding_window),
+        };
+        let mut facts = vec![
             ("hidden size", format!("{}, {} layers", c.hidden_size, c.num_hidden_layers)),
-            (
-                "attention",
-                format!(
-                    "{} query heads of {}, {} key/value heads",
-                    c.num_attention_heads, c.head_dim, c.num_key_value_heads
-                ),
-            ),
-            ("layers", format!("{sliding} see the last {} positions, {full} see all", c.sliding_window)),
-            (
+            ("attention", heads + &with),
+            ("layers", sees),
+        ];
+        if !moe.is_empty() {
+            let form = match c.family {
+                Family::GptOss => format!("clamp {}", c.swiglu_limit),
+                _ if c.norm_topk_prob => "weights made to sum to 1".to_owned(),
+                _ => "weights as the softmax gives them".to_owned(),
+            };
+            facts.push((
                 "experts",
                 format!(
-                    "{} a layer, {} used a token, inner size {}, clamp {}",
-                    c.num_local_experts, c.num_experts_per_tok, c.intermediate_size, c.swiglu_limit
+                    "{} a layer, {} used a token, none shared, inner size {}, {form}",
+                    c.num_local_experts, c.num_experts_per_tok, c.moe_intermediate_size
                 ),
-            ),
+            ));
+        }
+        if !dense.is_empty() {
+            let some = match moe.is_empty() {
+                true => String::new(),
+                false => format!("layers {}: ", quantization::ranges(&BTreeSet::from_iter(dense))),
+            };
+            facts.push(("dense MLP", format!("{some}inner size {}", c.intermediate_size)));
+        }
+        let head = if c.tie_word_embeddings { "the embedding" } else { "a matrix of its own" };
+        facts.extend([
             ("rope", rope),
             ("vocabulary", format!("{}; the output matrix is {head}", c.vocab_size)),
             ("context", format!("up to {} tokens", c.max_position_embeddings)),
-        ])
+        ]);
+        self.facts(&facts)
     }
 
     /// Tokenizer, chat format and recommended sampling. The inner result is what the engine would refuse of them.
@@ -188,10 +248,8 @@ impl<W: Write> Report<'_, W> {
             sum.tensors += 1;
             sum.parameters += parameters(&view);
             sum.bytes += view.bytes.len() as u64;
-            let format = format_of(&view);
-            if !sum.formats.contains(&format) {
-                sum.formats.push(format);
-            }
+            let format = format_of(self.checkpoint, &view);
+            sum.formats.extend(format.filter(|format| !sum.formats.contains(format)));
         }
         let total_bytes = self.checkpoint.total_bytes();
         let row = |(kind, sum): (&Kind, &Sum)| {
@@ -213,7 +271,7 @@ impl<W: Write> Report<'_, W> {
         let of = |kind| kinds.get(&kind).map_or(0, |sum| sum.parameters);
         let total: u64 = kinds.values().map(|sum| sum.parameters).sum();
         let experts = of(Kind::Experts);
-        let used = experts * c.num_experts_per_tok as u64 / c.num_local_experts as u64;
+        let used = experts * c.num_experts_per_tok as u64 / c.num_local_experts.max(1) as u64;
         // Looking a row up is no arithmetic, but a head that is the embedding is.
         let looked_up = if of(Kind::Head) > 0 { of(Kind::Embedding) } else { 0 };
         let active = total - experts + used - looked_up;
@@ -241,7 +299,7 @@ impl<W: Write> Report<'_, W> {
             group.0 += 1;
             group.1 += t.bytes.len() as u64;
         }
-        self.title("Tensors, layers taken together (--all: one by one)")?;
+        self.title("Tensors, layers and experts taken together (--all: one by one)")?;
         let row = |((name, dtype, shape), (n, bytes)): ((String, String, String), (u64, u64))| {
             vec![n.to_string(), name, dtype, shape, grouped(bytes)]
         };
@@ -252,18 +310,24 @@ impl<W: Write> Report<'_, W> {
     fn scales(&mut self) -> io::Result<()> {
         let (mut rows, mut suspects, mut n_suspects) = (Vec::new(), Vec::new(), 0);
         for scales in self.checkpoint.tensors().filter(scales::is_scales) {
-            let codes = scales::codes(self.checkpoint, &scales);
+            let codes = kinds::codes(self.checkpoint, scales.name);
+            let codes = codes.filter(|codes| codes.bytes.len() == scales.bytes.len() * scales::block_bytes());
             let found = scales::Found::read(&scales, codes.as_ref().map(|codes| codes.bytes));
-            if self.args.all || layer(scales.name).is_none_or(|layer| layer == 0) {
+            let first = |number: Option<usize>| number.is_none_or(|number| number == 0);
+            if self.args.all || first(layer(scales.name)) && first(kinds::expert(scales.name)) {
                 rows.push(found.row(&scales));
             }
             n_suspects += found.n_suspects;
             suspects.extend(found.suspects.into_iter().map(|suspect| suspect.row(&scales)));
         }
         if rows.is_empty() && n_suspects == 0 {
-            return writeln!(self.out, "\nNo FP4 tensors.");
+            return Ok(());
         }
-        self.title(if self.args.all { "FP4 scales" } else { "FP4 scales of the first layer (--all: of every layer)" })?;
+        self.title(if self.args.all {
+            "MXFP4 scales"
+        } else {
+            "MXFP4 scales of the first layer (--all: of every layer)"
+        })?;
         let head = ["name", "shape", ">sum", ">mean", ">std", ">median", ">min", ">max", "first 10"];
         terminal::table(&mut self.out, self.paint, &head, &rows)?;
         if n_suspects == 0 {
@@ -279,28 +343,89 @@ impl<W: Write> Report<'_, W> {
         }
     }
 
-    /// Memory, and how matrices are split. The inner result is what the engine would refuse of the tensors.
-    fn places(&mut self, c: &Config) -> io::Result<Result<()>> {
+    /// Every NVFP4 and FP8 scale that is no finite number above zero. The inner result says so.
+    fn bad_scales(&mut self) -> io::Result<Result<()>> {
+        let walk = bad::Walk::over(self.checkpoint, scale_order(self.args.swizzled_scales));
+        if walk.n_scales == 0 {
+            return Ok(Ok(()));
+        }
+        let (n, tensors) = (grouped(walk.n_scales), grouped(walk.n_tensors));
+        match walk.n_bad {
+            0 => {
+                self.title("NVFP4 and FP8 scales")?;
+                writeln!(self.out, "  {n} in {tensors} tensors, all sound")?;
+            }
+            n_bad => {
+                let plural = if n_bad == 1 { "" } else { "s" };
+                self.title(&format!("{} bad scale{plural} of {n} in {tensors} tensors", grouped(n_bad)))?;
+                let rows: Vec<Vec<String>> = walk.bad.iter().map(|bad| bad.row.clone()).collect();
+                terminal::table(&mut self.out, self.paint, &["name", "place", "value"], &rows)?;
+                if n_bad > rows.len() as u64 {
+                    writeln!(self.out, "  and {} more", grouped(n_bad - rows.len() as u64))?;
+                }
+            }
+        }
+        if let Some(first) = &walk.first_lost {
+            let n = grouped(walk.n_lost);
+            writeln!(self.out, "  blocks with codes under a scale of 0, which count as zeros: {n}; the first is")?;
+            writeln!(self.out, "    {}", terminal::printable(first))?;
+        }
+        let reason = || format!("is one of {} bad scales: a scale is a finite number above zero", walk.n_bad);
+        Ok(match walk.bad.first() {
+            None => Ok(()),
+            Some(first) => {
+                Err(Error::Tensor { file: first.file.clone(), tensor: first.tensor.clone(), reason: reason() })
+            }
+        })
+    }
+
+    /// What the config declares, what there is, and what calibration left.
+    fn quantization(&mut self, c: &Config, ledger: Option<&Ledger>) -> io::Result<()> {
+        let q = &c.quantization;
+        self.title("Quantisation")?;
+        let linears = quantization::Linears::read(self.checkpoint, c, scale_order(self.args.swizzled_scales));
+        let mut facts = quantization::declared(self.checkpoint, q);
+        match ledger {
+            Some(ledger) => facts.extend(quantization::stored(&ledger.found, q, kv_name(self.args.kv))),
+            None => facts.push(("stored", "not counted: the engine would refuse this model".to_owned())),
+        }
+        facts.extend(linears.facts(c));
+        self.facts(&facts)?;
+        let Some(ledger) = ledger else { return Ok(()) };
+        let (rows, missing) = linears.inputs(&ledger.found);
+        if rows.is_empty() {
+            return Ok(());
+        }
+        self.title("Calibrated inputs: amax = 2688 x input_scale")?;
+        terminal::table(&mut self.out, self.paint, &["stage", ">layers", ">amax", "scales in a layer"], &rows)?;
+        missing.iter().try_for_each(|place| writeln!(self.out, "  missing: {place}"))
+    }
+
+    fn plan(&self, c: &Config) -> Planned {
         let context = self.args.context.unwrap_or(DEFAULT_CONTEXT.min(c.max_position_embeddings));
         let clamp = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
-        let chunk = clamp(self.args.chunk.min(context));
         let plan = Plan {
             context: clamp(context),
-            chunk,
+            chunk: clamp(self.args.chunk.min(context)),
             cache: self.args.kv.format(),
             host: HostStages::default(),
-            activations: Activations::F32,
-            scale_order: ScaleOrder::Linear,
+            activations: self.args.activations.activations(),
+            scale_order: scale_order(self.args.swizzled_scales),
         };
         let unlimited = Limits { max_binding_bytes: u64::MAX, max_grid: u32::MAX };
-        let planned = plan.check(c).and_then(|()| ledger::Ledger::fill(self.checkpoint, c, &plan, unlimited));
-        let ledger = match planned {
-            Ok(ledger) => ledger,
+        plan.check(c).and_then(|()| Ledger::fill(self.checkpoint, c, &plan, unlimited)).map(|ledger| (plan, ledger))
+    }
+
+    /// Memory, and how matrices are split. The inner result is what the engine would refuse of the tensors.
+    fn places(&mut self, c: &Config, planned: Planned) -> io::Result<Result<()>> {
+        let (plan, ledger) = match planned {
+            Ok(planned) => planned,
             Err(e) => {
                 writeln!(self.out, "\nThe engine would refuse this model.")?;
                 return Ok(Err(e));
             }
         };
+        let (context, chunk) = (plan.context, plan.chunk);
         self.title("What goes where")?;
         let total = ledger.weights + ledger.cache + ledger.rest;
         self.facts(&[
@@ -311,7 +436,7 @@ impl<W: Write> Report<'_, W> {
         ])?;
         for adapter in gpu::list() {
             let limits = ledger::limits(&adapter);
-            let fits = match ledger::Ledger::fill(self.checkpoint, c, &plan, limits) {
+            let fits = match Ledger::fill(self.checkpoint, c, &plan, limits) {
                 Ok(ledger) => ledger.splits(),
                 Err(e) => format!("does not fit: {e}"),
             };
@@ -342,44 +467,6 @@ fn recommended(g: &GenerationConfig) -> String {
     parts.into_iter().flatten().collect::<Vec<_>>().join(", ")
 }
 
-/// What a tensor is for, in the order of the report.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-enum Kind {
-    Embedding,
-    Attention,
-    Router,
-    Experts,
-    Norms,
-    Head,
-    Unknown,
-}
-
-impl Kind {
-    fn of(name: &str) -> Self {
-        let kinds = [
-            (".self_attn.", Self::Attention),
-            (".mlp.router.", Self::Router),
-            (".mlp.experts.", Self::Experts),
-            ("norm.weight", Self::Norms),
-            ("embed_tokens.", Self::Embedding),
-            ("lm_head.", Self::Head),
-        ];
-        kinds.iter().find(|(part, _)| name.contains(part)).map_or(Self::Unknown, |(_, kind)| *kind)
-    }
-
-    fn name(self) -> &'static str {
-        match self {
-            Self::Embedding => "embedding",
-            Self::Attention => "attention",
-            Self::Router => "routers",
-            Self::Experts => "experts",
-            Self::Norms => "norms",
-            Self::Head => "head",
-            Self::Unknown => "unknown",
-        }
-    }
-}
-
 #[derive(Default)]
 struct Sum {
     tensors: u64,
@@ -388,44 +475,28 @@ struct Sum {
     formats: Vec<&'static str>,
 }
 
-/// Numbers of the model that a tensor holds: an FP4 byte has two, a scale belongs to others.
-fn parameters(view: &TensorView<'_>) -> u64 {
-    let elements = view.shape.iter().map(|&n| n as u64).product();
-    match (view.name, view.dtype) {
-        (name, Dtype::U8) if name.ends_with("_blocks") => 2 * elements,
-        _ if scales::is_scales(view) => 0,
-        _ => elements,
+/// Lines of at most `width` characters, broken at spaces where there are some.
+fn wrapped(text: &str, width: usize) -> Vec<String> {
+    let mut lines = vec![String::new()];
+    for word in text.split(' ') {
+        let line = lines.last_mut().expect("there is one");
+        if !line.is_empty() && line.chars().count() + 1 + word.chars().count() > width {
+            lines.push(word.to_owned());
+        } else {
+            *line += if line.is_empty() { "" } else { " " };
+            *line += word;
+        }
     }
-}
-
-fn format_of(view: &TensorView<'_>) -> &'static str {
-    let is_blocks = view.name.ends_with("_blocks") && view.dtype == Dtype::U8;
-    if is_blocks || scales::is_scales(view) { "MXFP4" } else { view.dtype.word() }
-}
-
-/// The layer in `model.layers.7.mlp...`.
-fn layer(name: &str) -> Option<usize> {
-    name.strip_prefix("model.layers.")?.split('.').next()?.parse().ok()
-}
-
-/// The name with its layer number left open.
-fn pattern(name: &str) -> String {
-    match layer(name) {
-        Some(layer) => name.replacen(&format!(".{layer}."), ".*.", 1),
-        None => name.to_owned(),
-    }
+    lines
 }
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use super::wrapped;
 
     #[test]
-    fn names_show_layer_and_kind() {
-        let name = "model.layers.17.mlp.experts.down_proj_blocks";
-        assert_eq!((layer(name), pattern(name)), (Some(17), "model.layers.*.mlp.experts.down_proj_blocks".to_owned()));
-        assert_eq!((layer("lm_head.weight"), pattern("lm_head.weight")), (None, "lm_head.weight".to_owned()));
-        let kinds = [name, "model.layers.1.mlp.router.bias", "model.norm.weight", "lm_head.weight", "rotary"];
-        assert_eq!(kinds.map(|n| Kind::of(n).name()), ["experts", "routers", "norms", "head", "unknown"]);
+    fn lines_break_at_spaces() {
+        assert_eq!(wrapped("one two three", 7), ["one two", "three"]);
+        assert_eq!((wrapped("", 3), wrapped("longword", 3)), (vec![String::new()], vec!["longword".to_owned()]));
     }
 }

@@ -1,6 +1,7 @@
-//! The block scales of FP4 tensors: their statistics, and the ones that look wrong.
+//! The E8M0 block scales of MXFP4 tensors: their statistics, and the ones that look wrong.
 
-use fourfold::checkpoint::{Checkpoint, Dtype, TensorView};
+use super::bad;
+use fourfold::checkpoint::{Dtype, TensorView};
 use fourfold::format::Format;
 
 /// Suspects that are listed; the rest is counted.
@@ -10,16 +11,12 @@ const FAR: u8 = 40;
 
 /// Whether a tensor holds E8M0 scales.
 pub(super) fn is_scales(view: &TensorView<'_>) -> bool {
-    view.name.ends_with("_scales") && matches!(view.dtype, Dtype::U8 | Dtype::F8E8M0)
+    let is_named = view.name.ends_with("_scales") || view.name.ends_with(".weight_scale");
+    is_named && matches!(view.dtype, Dtype::U8 | Dtype::F8E8M0)
 }
 
-/// The codes that the scales belong to, if they are there in full.
-pub(super) fn codes<'a>(checkpoint: &'a Checkpoint, scales: &TensorView<'_>) -> Option<TensorView<'a>> {
-    let codes = checkpoint.tensor(&scales.name.replace("_scales", "_blocks")).ok()?;
-    (codes.bytes.len() == scales.bytes.len() * block_bytes()).then_some(codes)
-}
-
-fn block_bytes() -> usize {
+/// Bytes of codes to a scale.
+pub(super) fn block_bytes() -> usize {
     Format::Mxfp4.row_bytes(Format::Mxfp4.block())
 }
 
@@ -98,9 +95,7 @@ impl Found {
 impl Suspect {
     /// Name, place, scale, median, reason.
     pub(super) fn row(&self, scales: &TensorView<'_>) -> Vec<String> {
-        let mut rest = self.position;
-        let mut place: Vec<usize> = scales.shape.iter().rev().map(|&n| (rest % n, rest /= n).0).collect();
-        place.reverse();
+        let place = bad::place(self.position, scales.shape);
         let reason = match self.scale {
             255 => "NaN".to_owned(),
             0 => "2^-127, which GPUs may take for 0".to_owned(),

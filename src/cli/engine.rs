@@ -1,0 +1,204 @@
+//! What every command that runs a model takes: which weights, which device, and how it computes.
+
+use super::{Usage, terminal};
+use clap::ValueEnum;
+use fourfold::checkpoint::{Checkpoint, Mapping, ScaleOrder};
+use fourfold::device::gpu;
+use fourfold::{Activations, CacheFormat, DeviceChoice, Engine, HostStages};
+use std::path::PathBuf;
+
+/// What computes, and with which weights.
+#[derive(clap::Args)]
+#[command(next_help_heading = "Model and device")]
+pub(super) struct EngineArgs {
+    /// A Hugging Face directory: gpt_oss, qwen3_moe, qwen3 or llama [default: the built-in model]
+    #[arg(long, value_name = "DIR", env = "FOURFOLD_MODEL")]
+    model: Option<PathBuf>,
+    /// What computes; auto: the best GPU, the CPU where there is none
+    #[arg(long, value_name = "WHAT", default_value = "auto")]
+    device: DeviceArg,
+    /// The GPU whose name contains this; `fourfold devices` lists them
+    #[arg(long, value_name = "NAME")]
+    adapter: Option<String>,
+    /// Tokens that a conversation can hold [default: 4096, or what the model allows]
+    #[arg(long, value_name = "TOKENS")]
+    context: Option<usize>,
+    /// Most prompt tokens at once: more is faster and takes more memory [default: 128]
+    #[arg(long, value_name = "TOKENS")]
+    chunk: Option<usize>,
+    /// How keys and values are kept; bf16 takes half the memory
+    #[arg(long, value_name = "FORMAT", default_value = "f32")]
+    kv: KvArg,
+    /// What is multiplied with NVFP4 weights: f32 as it is, or quantised to NVFP4 (W4A4) under one scale for all rows of a step (-dynamic), one a token (-token), or the checkpoint's calibrated ones (-static)
+    #[arg(long, value_name = "HOW", default_value = "f32")]
+    activations: ActivationsArg,
+    /// NVFP4 block scales lie in 128x4 order, as one kind of matrix unit takes them, not row by row
+    #[arg(long)]
+    swizzled_scales: bool,
+    /// Stages that the CPU computes while the rest stays on the GPU: choosing experts, summing their outputs, attention; several with commas between
+    #[arg(long, value_name = "STAGES", value_delimiter = ',')]
+    host: Vec<HostArg>,
+    /// Read the weights into memory instead of mapping the files
+    #[arg(long)]
+    no_mmap: bool,
+    /// Keep wgpu's checks in the shaders: same results, slower. Takes a GPU
+    #[arg(long)]
+    checked_shaders: bool,
+    /// Behave as a GPU without subgroups
+    #[arg(long, hide = true)]
+    no_subgroups: bool,
+    /// Behave as a GPU that binds no more than this
+    #[arg(long, value_name = "N", hide = true)]
+    max_binding_bytes: Option<u64>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum DeviceArg {
+    Auto,
+    Gpu,
+    Cpu,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(super) enum HostArg {
+    Routing,
+    Scatter,
+    Attention,
+}
+
+/// How keys and values are kept.
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(super) enum KvArg {
+    F32,
+    Bf16,
+}
+
+impl KvArg {
+    pub(super) fn format(self) -> CacheFormat {
+        match self {
+            Self::F32 => CacheFormat::F32,
+            Self::Bf16 => CacheFormat::Bf16,
+        }
+    }
+}
+
+/// What is multiplied with NVFP4 weights.
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(super) enum ActivationsArg {
+    F32,
+    Nvfp4Dynamic,
+    Nvfp4Token,
+    Nvfp4Static,
+}
+
+impl ActivationsArg {
+    pub(super) fn activations(self) -> Activations {
+        match self {
+            Self::F32 => Activations::F32,
+            Self::Nvfp4Dynamic => Activations::Nvfp4Dynamic,
+            Self::Nvfp4Token => Activations::Nvfp4Token,
+            Self::Nvfp4Static => Activations::Nvfp4Static,
+        }
+    }
+}
+
+/// The word of the option.
+pub(super) fn activations_name(activations: Activations) -> &'static str {
+    match activations {
+        Activations::F32 => "f32",
+        Activations::Nvfp4Dynamic => "nvfp4-dynamic",
+        Activations::Nvfp4Token => "nvfp4-token",
+        Activations::Nvfp4Static => "nvfp4-static",
+    }
+}
+
+pub(super) fn scale_order(swizzled: bool) -> ScaleOrder {
+    if swizzled { ScaleOrder::Swizzled } else { ScaleOrder::Linear }
+}
+
+impl EngineArgs {
+    pub(super) fn device(&self) -> anyhow::Result<DeviceChoice> {
+        let asks_for_gpu =
+            self.adapter.is_some() || self.checked_shaders || self.no_subgroups || self.max_binding_bytes.is_some();
+        match self.device {
+            DeviceArg::Cpu if asks_for_gpu => {
+                Err(Usage("--device cpu does not go with options of a GPU (--adapter, --checked-shaders)".into())
+                    .into())
+            }
+            DeviceArg::Cpu => Ok(DeviceChoice::Cpu),
+            DeviceArg::Auto if !asks_for_gpu => Ok(DeviceChoice::Auto),
+            DeviceArg::Auto | DeviceArg::Gpu => Ok(self.gpu()),
+        }
+    }
+
+    /// Whether the user named a model.
+    pub(super) fn has_model(&self) -> bool {
+        self.model.is_some()
+    }
+
+    /// Whether all rows of a step are quantised under one scale.
+    pub(super) fn shares_scales(&self) -> bool {
+        self.activations == ActivationsArg::Nvfp4Dynamic
+    }
+
+    /// Whether no stage is placed on the host.
+    pub(super) fn host_is_empty(&self) -> bool {
+        self.host.is_empty()
+    }
+
+    /// The GPU that the options ask for.
+    pub(super) fn gpu(&self) -> DeviceChoice {
+        DeviceChoice::Gpu(gpu::Options {
+            adapter: self.adapter.clone(),
+            checked_shaders: self.checked_shaders,
+            without_subgroups: self.no_subgroups,
+            max_binding_bytes: self.max_binding_bytes,
+        })
+    }
+
+    /// The checkpoint itself.
+    pub(super) fn checkpoint(&self) -> anyhow::Result<Checkpoint> {
+        let mapping = if self.no_mmap { Mapping::Read } else { Mapping::Mmap };
+        Ok(match &self.model {
+            Some(dir) => fourfold::synth::open(dir, mapping)?,
+            None => fourfold::default_checkpoint()?,
+        })
+    }
+
+    pub(super) fn load(&self, device: DeviceChoice, quiet: bool) -> anyhow::Result<Engine> {
+        self.load_with_host(device, &self.host, quiet)
+    }
+
+    /// As [`Self::load`], with other stages on the host.
+    pub(super) fn load_with_host(&self, device: DeviceChoice, host: &[HostArg], quiet: bool) -> anyhow::Result<Engine> {
+        let bar = terminal::loading(quiet);
+        let shown = bar.clone();
+        let mut builder = Engine::builder()
+            .device(device)
+            .mapping(if self.no_mmap { Mapping::Read } else { Mapping::Mmap })
+            .cache(self.kv.format())
+            .activations(self.activations.activations())
+            .scale_order(scale_order(self.swizzled_scales))
+            .host(HostStages {
+                routing: host.contains(&HostArg::Routing),
+                scatter: host.contains(&HostArg::Scatter),
+                attention: host.contains(&HostArg::Attention),
+            })
+            .progress(move |p| {
+                shown.set_length(p.total_bytes);
+                shown.set_position(p.done_bytes);
+            });
+        if let Some(dir) = &self.model {
+            builder = builder.checkpoint(dir);
+        }
+        if let Some(tokens) = self.context {
+            builder = builder.context(tokens);
+        }
+        if let Some(tokens) = self.chunk {
+            builder = builder.chunk(tokens);
+        }
+        let engine = builder.build();
+        bar.finish_and_clear();
+        Ok(engine?)
+    }
+}

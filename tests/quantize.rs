@@ -1,6 +1,7 @@
-//! `quantize`: names, bytes and scales of what is written, exact casts, errors by name; `command.rs` has the command.
+//! `quantize`: names, bytes and scales of what is written, exact casts, errors by name; `command.rs` has the command, `models.rs` runs what was made.
 
 mod command;
+mod models;
 
 use std::collections::BTreeMap;
 use std::fs;

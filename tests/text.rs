@@ -1,6 +1,8 @@
 //! Text ↔ tokens as other people's code has it (`fixtures/text/README.md` says whose): o200k_harmony encodings, Harmony
 //! conversations, chat templates; then what must not happen: forged control tokens, endless templates, lost tokens.
 
+mod families;
+
 use std::collections::HashMap;
 use std::fs;
 use std::path::PathBuf;

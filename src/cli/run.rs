@@ -108,6 +108,8 @@ pub(super) struct Drawing {
 
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
 enum Effort {
+    /// No thinking, where the model's template knows how to ask for it (Qwen3)
+    Off,
     Low,
     Medium,
     High,
@@ -152,6 +154,7 @@ impl Run<'_> {
     /// An empty conversation.
     pub(super) fn new_chat(&self, system: Option<&str>) -> anyhow::Result<Chat> {
         let effort = |effort| match effort {
+            Effort::Off => Reasoning::Off,
             Effort::Low => Reasoning::Low,
             Effort::Medium => Reasoning::Medium,
             Effort::High => Reasoning::High,

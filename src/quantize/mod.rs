@@ -241,6 +241,12 @@ impl Multiplier {
     }
 }
 
+/// The f32 of an NVFP4 tensor with this largest magnitude. Readers divide by it and refuse what is not above zero, so that
+/// zeros get 1, and what is too small for a normal number the smallest of these.
+fn multiplier(amax: f32) -> f32 {
+    if amax == 0.0 { 1.0 } else { (amax / nvfp4::MAX).max(f32::MIN_POSITIVE) }
+}
+
 impl<'a> Making<'a, '_> {
     /// Writes what one work becomes, whose outputs begin at `first` in the shard. Gives its name.
     fn make(&mut self, work: &'a Work, shard: &mut Shard, first: usize) -> Result<&'a str> {
@@ -324,7 +330,7 @@ impl<'a> Making<'a, '_> {
             }
             Ok(match linear.matrix.layout {
                 Layout::Mxfp4(_) => Multiplier::Power(exponent.unwrap_or(0)),
-                _ => Multiplier::Any(amax / nvfp4::MAX),
+                _ => Multiplier::Any(multiplier(amax)),
             })
         };
         let multipliers = (0..linear.matrix.count).map(one).collect::<Result<Vec<_>>>()?;

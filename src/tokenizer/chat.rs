@@ -41,6 +41,8 @@ impl Message {
 /// How much a model should reason before it answers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Reasoning {
+    /// None, where the template can say so (`enable_thinking`); else little.
+    Off,
     /// Little.
     Low,
     /// The models' own default.
@@ -50,10 +52,10 @@ pub enum Reasoning {
 }
 
 impl Reasoning {
-    /// The word in prompts: `low`, `medium`, `high`.
+    /// The word in prompts: `low`, `medium`, `high`. They have none for [`Reasoning::Off`], which is `low` there.
     pub fn as_str(self) -> &'static str {
         match self {
-            Self::Low => "low",
+            Self::Off | Self::Low => "low",
             Self::Medium => "medium",
             Self::High => "high",
         }
@@ -170,7 +172,10 @@ impl ChatTemplate {
         let messages: Vec<Value> = messages
             .iter()
             .map(|m| {
-                let thinking = m.thinking.as_deref().map(|t| ("thinking", Value::from(t)));
+                // gpt-oss's template asks for `thinking`, Qwen3's for `reasoning_content`.
+                let thinking = m.thinking.as_deref().into_iter();
+                let thinking =
+                    thinking.flat_map(|t| ["thinking", "reasoning_content"].map(|key| (key, Value::from(t))));
                 let fields = [("role", Value::from(&m.role)), ("content", Value::from(&m.content))];
                 map(fields.into_iter().chain(thinking))
             })
@@ -185,6 +190,7 @@ impl ChatTemplate {
         ];
         if let Some(reasoning) = options.reasoning {
             variables.push(("reasoning_effort", Value::from(reasoning.as_str())));
+            variables.push(("enable_thinking", Value::from(reasoning != Reasoning::Off)));
         }
         let mut out = Bounded(Vec::new());
         let done = template.render_captured_to(map(variables.into_iter()), &mut out).map(|_| ());

@@ -1,0 +1,78 @@
+//! The Qwen3 and Llama families' text: templates as transformers renders them, encodings of the fixtures' tokenizer, and a
+//! tokenizer that has no symbol for some bytes.
+
+use fourfold::checkpoint::{Checkpoint, Mapping};
+use fourfold::config::Config;
+use fourfold::tokenizer::{ChatOptions, ChatTemplate, Message, Reasoning, Text, Tokenizer};
+use serde_json::json;
+
+use super::{ids, list, read, say, string, vectors};
+use crate::families::fixture;
+
+#[test]
+fn family_templates_are_rendered_as_transformers_does() {
+    let vectors = vectors("family_templates.json");
+    let [date, bos, eos] = ["date", "bos_token", "eos_token"].map(|key| string(&vectors[key]));
+    let mut n = 0;
+    for template in list(&vectors["templates"]) {
+        let name = string(&template["name"]);
+        let compiled = ChatTemplate::new(name, string(&template["template"])).unwrap().with_tokens(bos, eos);
+        for case in list(&template["cases"]) {
+            let messages: Vec<Message> = list(&case["messages"])
+                .iter()
+                .map(|m| Message {
+                    thinking: m["reasoning_content"].as_str().map(str::to_owned),
+                    ..say(string(&m["role"]), string(&m["content"]))
+                })
+                .collect();
+            let reasoning = case["enable_thinking"].as_bool();
+            let reasoning = reasoning.map(|on| if on { Reasoning::High } else { Reasoning::Off });
+            let options = ChatOptions { reasoning, date: Some(date.to_owned()) };
+            let got = compiled.render(&messages, case["add_generation_prompt"] == true, &options).unwrap();
+            assert_eq!(got, string(&case["text"]), "{name}: {}, {reasoning:?}", case["what"]);
+            n += 1;
+        }
+    }
+    assert_eq!(n, 80);
+}
+
+#[test]
+fn the_fixtures_tokenizer_encodes_as_transformers_does() {
+    for name in ["qwen3_moe/modelopt", "qwen3_moe/compressed_tensors"] {
+        let checkpoint = Checkpoint::open(&fixture(name), Mapping::Read).unwrap();
+        let text = Text::load(&checkpoint, &Config::open(&checkpoint).unwrap()).unwrap();
+        let (tokenizer, chat) = (text.tokenizer.unwrap(), text.chat.unwrap());
+        let golden: serde_json::Value =
+            serde_json::from_slice(&read(&format!("tests/fixtures/{name}/tokenizer_golden.json"))).unwrap();
+        assert_eq!(tokenizer.vocab_size() as u64, golden["vocab_size"].as_u64().unwrap());
+        let cases = golden["encode"].as_object().unwrap();
+        assert_eq!(cases.len(), 5);
+        for (text, want) in cases {
+            assert_eq!(tokenizer.encode_with_specials(text).unwrap(), ids(want), "{text:?}");
+        }
+        // The template is in tokenizer_config.json.
+        let prompt = chat.prompt(&tokenizer, &[say("user", "hi")], &ChatOptions::default()).unwrap();
+        let (turn, start) = ("<|im_start|>user\nhi<|im_end|>\n", "<|im_start|>assistant\n");
+        let start = tokenizer.encode_with_specials(start).unwrap();
+        assert_eq!(prompt, [ids(&cases[turn]), start].concat());
+    }
+}
+
+/// As in SmolLM2's vocabulary, which lacks 21 of the 256: transformers drops such bytes without a word (checked with
+/// tokenizers 0.23.3 on this very file), so that an engine that did otherwise would compute other ids.
+#[test]
+fn bytes_without_a_symbol_are_dropped_as_transformers_does() {
+    let byte_level = json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true});
+    let json = json!({"version": "1.0", "truncation": null, "padding": null, "added_tokens": [], "normalizer": null,
+        "pre_tokenizer": byte_level, "post_processor": null, "decoder": byte_level,
+        "model": {"type": "BPE", "dropout": null, "unk_token": null, "continuing_subword_prefix": null,
+            "end_of_word_suffix": null, "fuse_unk": false, "byte_fallback": false, "ignore_merges": false,
+            "vocab": {"a": 0, "b": 1, "Ġ": 2, "Ã": 3, "ab": 4}, "merges": [["a", "b"]]}});
+    let tokenizer = Tokenizer::from_bytes("gaps", &serde_json::to_vec(&json).unwrap()).unwrap();
+    for (text, want) in [("aéb", &[0, 3, 1][..]), ("a\u{7}b", &[0, 1]), ("ab c ab", &[4, 2, 2, 4]), ("xyz", &[])] {
+        assert_eq!(tokenizer.encode(text).unwrap(), want, "{text:?}");
+        assert_eq!(tokenizer.encode_with_specials(text).unwrap(), want, "{text:?}");
+    }
+    // Half a character is left of the first.
+    assert_eq!(tokenizer.decode(&[0, 3, 1]), "a\u{FFFD}b");
+}

@@ -2,20 +2,20 @@
 //
 //   y[t,a,d] = bias[e,d] + scale_d scale_x sum_k w[e,d,k] x[t,a,k]          e = experts[t,a]
 //
-// grid      ceil(D / 8) x T A workgroups: eight lanes an output
+// grid      ceil(D / 8) x T A workgroups: LANES lanes an output
 // in        experts  u32   [T, A]
 //           x        slot  [T, A, K]
 //           w        slot  [COUNT, D, K]     experts FIRST.. of the layer
 //           bias     slot  [E, D]
 // out       y        f32   [T, A, D]         routes to other parts' experts are left alone
 // override  K, D, FIRST, COUNT
-// slots     weights, input, bias, reduce
-// requires  K a multiple of 8
+// slots     weights, e2m1, input, bias, lanes, reduce
+// requires  K a multiple of 16
 // twin      src/ops/moe_down.rs
 #import weights
 #import input
 #import bias
-#import dot8
+#import dot16
 #import reduce
 override K: u32;
 override D: u32;
@@ -24,18 +24,18 @@ override COUNT: u32;
 @group(0) @binding(5) var<storage, read> experts: array<u32>;
 @group(0) @binding(6) var<storage, read_write> y: array<f32>;
 
-@compute @workgroup_size(64)
+@compute @workgroup_size(LANES * 8u)
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) lane: u32) {
-    let d = group.x * 8u + lane / 8u;
+    let d = group.x * 8u + lane / LANES;
     let expert = experts[group.y];
     let part = expert - FIRST; // wraps to a large number for an expert before this part
     let row = min(part, COUNT - 1u) * D + min(d, D - 1u);
     var sum = 0.0;
-    for (var i = lane % 8u; i < K / 8u; i += 8u) {
-        sum = dot8(weight_at(row, K / 8u, i), input_at(group.y, K / 8u, i), sum);
+    for (var i = lane % LANES; i < K / 16u; i += LANES) {
+        sum = dot16(weight_at(row, K / 16u, i), in_units(input_at(group.y, K / 16u, i)), sum);
     }
-    sum = reduce8(sum, lane);
-    if lane % 8u == 0u && d < D && part < COUNT {
+    sum = reduce(sum, lane);
+    if lane % LANES == 0u && d < D && part < COUNT {
         y[group.y * D + d] = fma(sum, row_scale(row) * input_scale(group.y), bias_at(expert * D + d));
     }
 }

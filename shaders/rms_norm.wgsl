@@ -12,7 +12,7 @@
 #import bf16
 override D: u32;
 override EPS: f32;
-const WG = 64u;
+const WG = 256u;
 @group(0) @binding(0) var<storage, read> x: array<f32>;
 @group(0) @binding(1) var<storage, read> g: array<u32>;
 @group(0) @binding(2) var<storage, read_write> y: array<f32>;
@@ -27,7 +27,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         let v = x[row + d];
         sum = fma(v, v, sum);
     }
-    // A tree of fixed shape: the same bits whatever the subgroup size.
+    // A tree of fixed shape: the same bits whatever the subgroup size. Many lanes, since one row is all there is to do.
     for (var stride = WG / 2u; stride > 0u; stride /= 2u) {
         partial[lane] = sum;
         workgroupBarrier(); // all lanes have written

@@ -276,7 +276,7 @@ impl Engine {
         let inner = &self.inner;
         let state = inner.model.state(&inner.device, &inner.plan)?;
         let body = |tokens| edited(inner.model.body(tokens, &state), &edit);
-        let programs = Programs { body: body(1), head: inner.model.head(1, &state) };
+        let programs = Programs { body: body(1).seal(), head: inner.model.head(1, &state).seal() };
         for program in [&programs.body, &programs.head, &body(inner.plan.chunk)] {
             inner.device.prepare(program)?;
         }

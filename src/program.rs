@@ -4,6 +4,7 @@
 
 use crate::ops::Op;
 use crate::shader::Kernel;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 /// A buffer on some device. Ids are never used twice in a process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -148,6 +149,8 @@ pub struct Program {
     /// Rows of the step, T.
     pub(crate) tokens: u32,
     pub(crate) host: HostStages,
+    /// Unique in the process: this very list of launches, which will not change any more.
+    sealed: Option<u64>,
 }
 
 impl Program {
@@ -156,7 +159,20 @@ impl Program {
         Self { tokens, host, ..Self::default() }
     }
 
+    /// Promise that the launches stay as they are, so that a device may keep what it made of them.
+    pub(crate) fn seal(mut self) -> Self {
+        static NEXT: AtomicU64 = AtomicU64::new(1);
+        self.sealed = Some(NEXT.fetch_add(1, Ordering::Relaxed));
+        self
+    }
+
+    /// The number of a sealed program.
+    pub(crate) fn sealed(&self) -> Option<u64> {
+        self.sealed
+    }
+
     pub(crate) fn push(&mut self, mut launch: Launch) {
+        self.sealed = None;
         let on_host = match launch.op {
             Op::Router(_) => self.host.routing,
             Op::MoeScatter(_) => self.host.scatter,
@@ -181,6 +197,7 @@ impl Program {
 
     /// Put launches before launch `at`, behind the stages that end there. Stages after it move along.
     pub(crate) fn insert(&mut self, at: usize, launches: Vec<Launch>) {
+        self.sealed = None;
         let count = launches.len();
         self.launches.splice(at..at, launches);
         for stage in self.stages.iter_mut().filter(|s| s.after > at) {
@@ -190,6 +207,7 @@ impl Program {
 
     /// Put launches in the place of launch `at`. Stages that follow it follow the last of them.
     pub fn replace(&mut self, at: usize, launches: Vec<Launch>) {
+        self.sealed = None;
         let count = launches.len();
         self.launches.splice(at..=at, launches);
         for stage in self.stages.iter_mut().filter(|s| s.after > at) {
@@ -215,6 +233,7 @@ impl Program {
     }
 
     fn part(&self, from: usize, to: usize) -> Program {
-        Program { launches: self.launches[from..to].to_vec(), stages: Vec::new(), tokens: self.tokens, host: self.host }
+        let launches = self.launches[from..to].to_vec();
+        Program { launches, stages: Vec::new(), tokens: self.tokens, host: self.host, sealed: None }
     }
 }

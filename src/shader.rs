@@ -37,7 +37,11 @@ pub(crate) const ACT_SCALE: Slot = Slot { name: "act_scale", fillings: &ACT_SCAL
 const ACT_SCALE_FILES: [&str; 4] = ["act_scale_expert", "act_scale_static", "act_scale_tensor", "act_scale_token"];
 /// A bias, or none.
 pub(crate) const BIAS: Slot = Slot { name: "bias", fillings: &["bias_bf16", "bias_none"] };
-/// The sum of eight neighbouring lanes; the adapter decides.
+/// How FP4 codes become numbers; the adapter decides.
+pub(crate) const E2M1: Slot = Slot { name: "e2m1", fillings: &["e2m1_half", "e2m1_table"] };
+/// Lanes that share a row of weights; the adapter decides.
+pub(crate) const LANES: Slot = Slot { name: "lanes", fillings: &["lanes_8", "lanes_32"] };
+/// The sum of those lanes; the adapter decides.
 pub(crate) const REDUCE: Slot = Slot { name: "reduce", fillings: &["reduce_subgroup", "reduce_shared"] };
 /// Tokens that a workgroup carries.
 pub(crate) const TILE: Slot = Slot { name: "tile", fillings: &["tile_1", "tile_8"] };
@@ -67,25 +71,27 @@ shared!(
     "cache_bf16",
     "cache_f32",
     "divide",
-    "dot8",
+    "dot16",
     "dynamic_scale",
-    "e2m1",
+    "e2m1_half",
+    "e2m1_table",
     "e4m3",
     "exp",
     "glu_clamped",
     "glu_silu",
-    "input8",
     "input_f32",
     "input_nvfp4",
+    "lanes_32",
+    "lanes_8",
     "reduce_shared",
     "reduce_subgroup",
     "row",
     "sink_bf16",
     "sink_none",
+    "sixteen",
     "step",
     "tile_1",
     "tile_8",
-    "weight8",
     "weights_bf16",
     "weights_fp8",
     "weights_fp8_blocks",

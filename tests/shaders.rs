@@ -33,7 +33,8 @@ fn each(mut see: impl FnMut(String, naga::Module)) {
 }
 
 fn validate(name: &str, module: &naga::Module) -> ModuleInfo {
-    Validator::new(ValidationFlags::all(), Capabilities::SUBGROUP)
+    // Halves within a word of f32 are what any adapter of the last ten years has.
+    Validator::new(ValidationFlags::all(), Capabilities::SUBGROUP | Capabilities::SHADER_FLOAT16_IN_FLOAT32)
         .subgroup_stages(ShaderStages::COMPUTE)
         .subgroup_operations(SubgroupOperationSet::all())
         .validate(module)

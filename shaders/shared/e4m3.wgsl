@@ -7,3 +7,8 @@ fn e4m3(code: u32) -> f32 {
     let magnitude = select(normal, f32(mantissa) * 0.001953125, exponent == 0u);
     return bitcast<f32>(bitcast<u32>(magnitude) | ((code & 128u) << 24u));
 }
+
+// The four codes of a word.
+fn e4m3x4(word: u32) -> vec4<f32> {
+    return vec4<f32>(e4m3(word), e4m3(word >> 8u), e4m3(word >> 16u), e4m3(word >> 24u));
+}

@@ -1,11 +1,13 @@
 // Fills slot `input`: f32 rows [.., K].
-#import input8
+#import sixteen
 @group(0) @binding(4) var<storage, read> x: array<vec4<f32>>;
 
-// Elements 8i..8i+8 of a row of K = 8 row_words elements.
-fn input_at(row: u32, row_words: u32, i: u32) -> Input8 {
-    let at = (row * row_words + i) * 2u;
-    return Input8(x[at], x[at + 1u], 1.0);
+const INPUT_UNIT = 1.0;
+
+// Elements 16i..16i+16 of a row of K = 16 chunks elements.
+fn input_at(row: u32, chunks: u32, i: u32) -> Sixteen {
+    let at = (row * chunks + i) * 4u;
+    return Sixteen(x[at], x[at + 1u], x[at + 2u], x[at + 3u], 1.0);
 }
 
 fn input_scale(row: u32) -> f32 {

@@ -1,16 +1,20 @@
 // Fills slot `weights`: a bf16 matrix [rows, K], eight elements a load.
 #import bf16
-#import weight8
+#import sixteen
 @group(0) @binding(1) var<storage, read> codes: array<vec4<u32>>;
 
-// Elements 8i..8i+8 of a row of K = 8 row_words elements.
-fn weight_at(row: u32, row_words: u32, i: u32) -> Weight8 {
-    let c = codes[row * row_words + i];
-    return Weight8(
-        vec4<f32>(bf16_lo(c.x), bf16_hi(c.x), bf16_lo(c.y), bf16_hi(c.y)),
-        vec4<f32>(bf16_lo(c.z), bf16_hi(c.z), bf16_lo(c.w), bf16_hi(c.w)),
-        1.0,
-    );
+const WEIGHT_UNIT = 1.0;
+
+fn bf16x4(x: u32, y: u32) -> vec4<f32> {
+    return vec4<f32>(bf16_lo(x), bf16_hi(x), bf16_lo(y), bf16_hi(y));
+}
+
+// Elements 16i..16i+16 of a row of K = 16 chunks elements.
+fn weight_at(row: u32, chunks: u32, i: u32) -> Sixteen {
+    let at = (row * chunks + i) * 2u;
+    let v = codes[at];
+    let w = codes[at + 1u];
+    return Sixteen(bf16x4(v.x, v.y), bf16x4(v.z, v.w), bf16x4(w.x, w.y), bf16x4(w.z, w.w), 1.0);
 }
 
 fn row_scale(row: u32) -> f32 {

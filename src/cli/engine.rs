@@ -153,6 +153,7 @@ impl EngineArgs {
             checked_shaders: self.checked_shaders,
             without_subgroups: self.no_subgroups,
             max_binding_bytes: self.max_binding_bytes,
+            table_decode: false,
         })
     }
 

@@ -39,8 +39,8 @@ pub(super) fn head_dim(keys: &Keys, family: Family, hidden_size: usize, heads: u
         }
         _ => keys.multiple("head_dim", 4..=256, 4)?,
     };
-    if !(heads * head_dim).is_multiple_of(8) {
-        let reason = format!("{head_dim} times num_attention_heads, {heads}, is no multiple of 8");
+    if !(heads * head_dim).is_multiple_of(16) {
+        let reason = format!("{head_dim} times num_attention_heads, {heads}, is no multiple of 16");
         return Err(keys.fault("head_dim", reason));
     }
     Ok(head_dim)

@@ -206,7 +206,7 @@ fn errors_name_the_key_the_value_and_the_range() {
         (json!({"model_type": "mistral"}), "\"mistral\" is not supported; supported: gpt_oss"),
         (json!({"model_type": "llama"}), "does not fit model_type \"llama\", should be [\"LlamaForCausalLM\"]"),
         (json!({"quantization_config": {"quant_method": "fp8"}}), "quantization_config.quant_method: \"fp8\""),
-        (json!({"num_attention_heads": 5, "num_key_value_heads": 5, "head_dim": 4}), "is no multiple of 8"),
+        (json!({"num_attention_heads": 5, "num_key_value_heads": 5, "head_dim": 4}), "is no multiple of 16"),
     ] {
         let error = with(changes.clone()).unwrap_err().to_string();
         assert!(error.contains(words), "{changes}: {error}");

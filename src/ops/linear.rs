@@ -3,12 +3,12 @@
 use super::{Input, InputFormat, Matrix, Op, Views, Weight, weight::dot};
 use crate::format::Format;
 use crate::program::{Launch, Program, Slice};
-use crate::shader::{BIAS, INPUT, Kernel, REDUCE, TILE, WEIGHTS};
+use crate::shader::{BIAS, E2M1, INPUT, Kernel, LANES, REDUCE, TILE, WEIGHTS};
 
 pub(crate) const KERNEL: Kernel = Kernel {
     name: "linear",
     source: include_str!("../../shaders/linear.wgsl"),
-    slots: &[WEIGHTS, INPUT, BIAS, TILE, REDUCE],
+    slots: &[WEIGHTS, E2M1, INPUT, BIAS, TILE, LANES, REDUCE],
 };
 
 /// A linear layer: one matrix, or several whose rows follow each other in the output, where their formats or activation

@@ -3,12 +3,12 @@
 use super::{Experts, Input, InputFormat, Matrix, Op, Views, weight::dot};
 use crate::format::Format;
 use crate::program::{Launch, Program, Slice};
-use crate::shader::{BIAS, INPUT, Kernel, REDUCE, WEIGHTS};
+use crate::shader::{BIAS, E2M1, INPUT, Kernel, LANES, REDUCE, WEIGHTS};
 
 pub(crate) const KERNEL: Kernel = Kernel {
     name: "moe_down",
     source: include_str!("../../shaders/moe_down.wgsl"),
-    slots: &[WEIGHTS, INPUT, BIAS, REDUCE],
+    slots: &[WEIGHTS, E2M1, INPUT, BIAS, LANES, REDUCE],
 };
 
 /// Constants of one part of the experts.

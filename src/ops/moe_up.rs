@@ -3,12 +3,12 @@
 use super::{Gate, Input, InputFormat, Matrix, Op, Views, Weight, weight::dot};
 use crate::format::Format;
 use crate::program::{Launch, Program, Slice};
-use crate::shader::{BIAS, GLU, INPUT, Kernel, REDUCE, WEIGHTS};
+use crate::shader::{BIAS, E2M1, GLU, INPUT, Kernel, LANES, REDUCE, WEIGHTS};
 
 pub(crate) const KERNEL: Kernel = Kernel {
     name: "moe_up",
     source: include_str!("../../shaders/moe_up.wgsl"),
-    slots: &[WEIGHTS, INPUT, BIAS, GLU, REDUCE],
+    slots: &[WEIGHTS, E2M1, INPUT, BIAS, GLU, LANES, REDUCE],
 };
 
 /// One of a layer's two expert matrices: a weight for each expert, and what belongs to it.

@@ -139,9 +139,10 @@ pub(super) fn bf16_embed(t: &mut Trial<'_>) -> Result<()> {
 /// The same patterns as weights, met by one input at a time.
 pub(super) fn bf16_linear(t: &mut Trial<'_>) -> Result<()> {
     let patterns = finite_bf16();
-    let (n, k) = (patterns.len() / 8, 8);
+    let (n, k) = (patterns.len() / 16, 16);
     let w = t.bf16_bytes([n, k], &bytes_of(&patterns))?;
-    let y = t.linear(&w, &one_hot(k, &[0, 1, 2, 3, 4, 5, 6, 7], |_| 1.0))?;
+    let every: Vec<usize> = (0..k).collect();
+    let y = t.linear(&w, &one_hot(k, &every, |_| 1.0))?;
     let pattern = |i: usize| patterns[i % n * k + i / n];
     let want = |i: usize| f64::from(f32::from_bits(u32::from(pattern(i)) << 16));
     let flushed = |i: usize| y[i] == 0.0 && want(i) != 0.0 && pattern(i) & 0x7f80 == 0;

@@ -33,6 +33,8 @@ pub struct Options {
     pub checked_shaders: bool,
     /// Behave as an adapter without subgroups.
     pub without_subgroups: bool,
+    /// Decode FP4 codes by a table: for adapters that flush subnormal halves.
+    pub table_decode: bool,
     /// Behave as an adapter that binds no more than this.
     pub max_binding_bytes: Option<u64>,
 }
@@ -47,6 +49,8 @@ pub struct Gpu {
     pipelines: Pipelines,
     buffers: RwLock<HashMap<BufferId, wgpu::Buffer>>,
     bind_groups: Mutex<HashMap<run::BindKey, wgpu::BindGroup>>,
+    /// What sealed programs run, by their numbers. Emptied when any buffer is given back.
+    sealed: Mutex<HashMap<u64, Arc<Vec<run::Ready>>>>,
     staging: Mutex<Option<wgpu::Buffer>>,
     unsubmitted: AtomicU64,
     lost: Arc<Mutex<Option<String>>>,
@@ -99,9 +103,13 @@ impl Gpu {
                 .min(options.max_binding_bytes.unwrap_or(u64::MAX)),
             max_grid: facts.max_grid,
         };
+        let smallest = device.adapter_info().subgroup_min_size;
+        let wide = smallest >= 32;
         let compile = Compile {
-            // Shuffles stay inside eight aligned lanes, so any size from eight up will do.
-            subgroups: facts.subgroup.0 >= 8 && !options.without_subgroups,
+            // Shuffles stay inside 8 or 32 aligned lanes, so any larger size will do.
+            subgroups: facts.subgroup.0 >= if wide { 32 } else { 8 } && !options.without_subgroups,
+            wide,
+            table_decode: options.table_decode,
             checked: options.checked_shaders,
         };
         Self {
@@ -112,6 +120,7 @@ impl Gpu {
             pipelines: Pipelines::new(compile),
             buffers: RwLock::default(),
             bind_groups: Mutex::default(),
+            sealed: Mutex::default(),
             staging: Mutex::default(),
             unsubmitted: AtomicU64::new(0),
             lost,
@@ -250,6 +259,7 @@ impl Device for Gpu {
         self.buffers.write().unwrap_or_else(PoisonError::into_inner).remove(&id);
         let mut groups = self.bind_groups.lock().unwrap_or_else(PoisonError::into_inner);
         groups.retain(|key, _| !key.uses(id));
+        self.sealed.lock().unwrap_or_else(PoisonError::into_inner).clear();
     }
 
     fn write(&self, to: Slice, bytes: &[u8]) -> Result<()> {

@@ -25,8 +25,13 @@ struct Key {
 /// How shaders are compiled on this device.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Compile {
-    /// Subgroups of at least eight lanes are there.
+    /// Sums over lanes by shuffles.
     pub(super) subgroups: bool,
+    /// Lanes that share a row of weights: 32 where subgroups have as many, else 8. Of the adapter, also where its
+    /// subgroups are not used, so that the bits stay.
+    pub(super) wide: bool,
+    /// FP4 codes by a table instead of by subnormal halves.
+    pub(super) table_decode: bool,
     /// Keep wgpu's bounds and loop checks in the shaders.
     pub(super) checked: bool,
 }
@@ -84,9 +89,13 @@ impl Pipelines {
 
 fn compile(device: &wgpu::Device, launch: &Launch, options: Compile) -> Result<Pipeline> {
     let mut fillings = launch.fillings.clone();
-    if launch.kernel.slots.iter().any(|slot| slot.name == "reduce") {
-        fillings.push(("reduce", if options.subgroups { "reduce_subgroup" } else { "reduce_shared" }));
-    }
+    let choices = [
+        ("reduce", if options.subgroups { "reduce_subgroup" } else { "reduce_shared" }),
+        ("lanes", if options.wide { "lanes_32" } else { "lanes_8" }),
+        ("e2m1", if options.table_decode { "e2m1_table" } else { "e2m1_half" }),
+    ];
+    let open = |slot: &str| launch.kernel.slots.iter().any(|s| s.name == slot);
+    fillings.extend(choices.into_iter().filter(|(slot, _)| open(slot)));
     let name = shader::label(launch.kernel, &fillings);
     let source = shader::compose(launch.kernel, &fillings);
     let parsed = shader::parse(&name, &source).map_err(Error::Device)?;

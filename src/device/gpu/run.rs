@@ -1,6 +1,7 @@
 //! Running a program: launches into compute passes, passes into submissions, host stages between them.
 
 use super::Gpu;
+use super::pipeline::Pipeline;
 use crate::device::{Device, See, run_on_host};
 use crate::error::Result;
 use crate::ops::is_written;
@@ -20,6 +21,23 @@ pub(super) struct BindKey {
 impl BindKey {
     pub(super) fn uses(&self, id: BufferId) -> bool {
         self.slices.iter().any(|s| s.buffer == id)
+    }
+}
+
+/// A launch with all that it needs on the device.
+#[derive(Debug)]
+pub(super) struct Ready {
+    pipeline: Arc<Pipeline>,
+    group: wgpu::BindGroup,
+    grid: [u32; 3],
+}
+
+impl Ready {
+    fn record(&self, pass: &mut wgpu::ComputePass<'_>) {
+        pass.set_pipeline(&self.pipeline.pipeline);
+        pass.set_bind_group(0, &self.group, &[]);
+        let [x, y, z] = self.grid;
+        pass.dispatch_workgroups(x, y, z);
     }
 }
 
@@ -75,7 +93,20 @@ impl Gpu {
     }
 
     pub(super) fn run_program(&self, program: &Program) -> Result<()> {
-        self.run_launches(&program.launches, program.tokens)
+        let Some(number) = program.sealed() else { return self.run_launches(&program.launches, program.tokens) };
+        if program.launches.iter().any(|l| l.place == Place::Host) {
+            return self.run_launches(&program.launches, program.tokens);
+        }
+        let kept = self.sealed.lock().unwrap_or_else(PoisonError::into_inner).get(&number).cloned();
+        let ready = match kept {
+            Some(ready) => ready,
+            None => {
+                let ready = Arc::new(self.ready(&program.launches)?);
+                self.sealed.lock().unwrap_or_else(PoisonError::into_inner).insert(number, ready.clone());
+                ready
+            }
+        };
+        ready.chunks(LAUNCHES).try_for_each(|ready| self.submit(ready))
     }
 
     fn run_launches(&self, mut rest: &[Launch], tokens: u32) -> Result<()> {
@@ -85,23 +116,23 @@ impl Gpu {
                 rest = &rest[1..];
             } else {
                 let count = rest.iter().take(LAUNCHES).take_while(|l| l.place == Place::Device).count();
-                self.submit(&rest[..count])?;
+                self.submit(&self.ready(&rest[..count])?)?;
                 rest = &rest[count..];
             }
         }
         Ok(())
     }
 
-    fn submit(&self, launches: &[Launch]) -> Result<()> {
-        let ready: Vec<_> = launches.iter().map(|l| self.bind(l)).collect::<Result<_>>()?;
+    fn ready(&self, launches: &[Launch]) -> Result<Vec<Ready>> {
+        launches.iter().map(|launch| self.bind(launch)).collect()
+    }
+
+    fn submit(&self, launches: &[Ready]) -> Result<()> {
         self.scoped("running a step", 0, || {
             let mut encoder = self.device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
             let mut pass = encoder.begin_compute_pass(&wgpu::ComputePassDescriptor::default());
-            for ((pipeline, group), launch) in ready.iter().zip(launches) {
-                pass.set_pipeline(&pipeline.pipeline);
-                pass.set_bind_group(0, group, &[]);
-                let [x, y, z] = launch.grid;
-                pass.dispatch_workgroups(x, y, z);
+            for launch in launches {
+                launch.record(&mut pass);
             }
             drop(pass);
             self.queue.submit([encoder.finish()]);
@@ -115,7 +146,7 @@ impl Gpu {
         }
         let mut seconds = Vec::new();
         for launches in program.launches.chunks(LAUNCHES) {
-            let ready: Vec<_> = launches.iter().map(|l| self.bind(l)).collect::<Result<_>>()?;
+            let ready = self.ready(launches)?;
             let count = 2 * launches.len() as u32;
             let bytes = u64::from(count) * 8;
             let resolved = self.scoped("timestamps", bytes, || {
@@ -126,19 +157,16 @@ impl Gpu {
                     wgpu::BufferDescriptor { label: Some("timestamps"), size: bytes, usage, mapped_at_creation: false };
                 let resolved = self.device.create_buffer(&descriptor);
                 let mut encoder = self.device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
-                for (i, ((pipeline, group), launch)) in ready.iter().zip(launches).enumerate() {
+                for (i, launch) in ready.iter().enumerate() {
                     let mut pass = encoder.begin_compute_pass(&wgpu::ComputePassDescriptor {
-                        label: Some(launch.kernel.name),
+                        label: None,
                         timestamp_writes: Some(wgpu::ComputePassTimestampWrites {
                             query_set: &queries,
                             beginning_of_pass_write_index: Some(2 * i as u32),
                             end_of_pass_write_index: Some(2 * i as u32 + 1),
                         }),
                     });
-                    pass.set_pipeline(&pipeline.pipeline);
-                    pass.set_bind_group(0, group, &[]);
-                    let [x, y, z] = launch.grid;
-                    pass.dispatch_workgroups(x, y, z);
+                    launch.record(&mut pass);
                 }
                 encoder.resolve_query_set(&queries, 0..count, &resolved, 0);
                 self.queue.submit([encoder.finish()]);
@@ -153,13 +181,13 @@ impl Gpu {
     }
 
     /// The pipeline and bind group of a launch. Bind groups are kept as long as their buffers live.
-    fn bind(&self, launch: &Launch) -> Result<(Arc<super::pipeline::Pipeline>, wgpu::BindGroup)> {
+    fn bind(&self, launch: &Launch) -> Result<Ready> {
         let pipeline = self.pipelines.get(&self.device, launch)?;
         let slices = launch.args.iter().map(|a| a.slice).collect();
         let key = BindKey { pipeline: Arc::as_ptr(&pipeline) as usize, slices };
         let mut groups = self.bind_groups.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(group) = groups.get(&key) {
-            return Ok((pipeline, group.clone()));
+            return Ok(Ready { pipeline, group: group.clone(), grid: launch.grid });
         }
         let buffers: Vec<wgpu::Buffer> = launch.args.iter().map(|a| self.buffer(a.slice.buffer)).collect();
         let entries: Vec<wgpu::BindGroupEntry<'_>> = pipeline
@@ -184,7 +212,7 @@ impl Gpu {
         let descriptor = wgpu::BindGroupDescriptor { label, layout: &pipeline.layout, entries: &entries };
         let group = self.scoped(launch.kernel.name, 0, || self.device.create_bind_group(&descriptor))?;
         groups.insert(key, group.clone());
-        Ok((pipeline, group))
+        Ok(Ready { pipeline, group, grid: launch.grid })
     }
 
     /// Bring a launch's slices to the host, compute its twin, bring back what it wrote.

@@ -1,0 +1,17 @@
+// Fills slot `e2m1`: codes 0..7 are 0 .5 1 1.5 2 3 4 6, 8..15 their negatives. A code `s ee m` put into bits 15 and 11..9
+// of a half is its value times 2^-14, of which 0.5 is a subnormal: for adapters that keep subnormal halves.
+const E2M1_UNIT = 16384.0;
+
+struct E2m1x8 {
+    a: vec4<f32>,
+    b: vec4<f32>,
+}
+
+// The eight codes of a word, lowest nibble first, each times 1 / E2M1_UNIT. Nibbles j and j + 4 are one half each.
+fn e2m1x8(w: u32) -> E2m1x8 {
+    let v0 = unpack2x16float(((w << 9u) & 0x0e000e00u) | ((w << 12u) & 0x80008000u));
+    let v1 = unpack2x16float(((w << 5u) & 0x0e000e00u) | ((w << 8u) & 0x80008000u));
+    let v2 = unpack2x16float(((w << 1u) & 0x0e000e00u) | ((w << 4u) & 0x80008000u));
+    let v3 = unpack2x16float(((w >> 3u) & 0x0e000e00u) | (w & 0x80008000u));
+    return E2m1x8(vec4<f32>(v0.x, v1.x, v2.x, v3.x), vec4<f32>(v0.y, v1.y, v2.y, v3.y));
+}

@@ -1,4 +1,4 @@
-//! Fourfold runs FP4 Mixture-of-Experts language models in WGSL compute shaders through wgpu, in pure Rust.
+//! Fourfold runs FP4 language models, with experts or dense, in WGSL compute shaders through wgpu, in pure Rust.
 //!
 //! ```no_run
 //! use fourfold::{Engine, ReplyOptions};
@@ -13,7 +13,13 @@
 //! ```
 //!
 //! An [`Engine`] holds a model's weights on a device; a [`Session`] holds one conversation. Both are `Send`, and nothing
-//! is global: several engines live in one process without seeing each other. ARCHITECTURE.md says how it works inside.
+//! is global: several engines live in one process without seeing each other. Families are gpt_oss, qwen3_moe, qwen3 and
+//! llama; linears are bf16, FP8, MXFP4 or NVFP4, each as its checkpoint has it, and [`Activations`] says whether NVFP4
+//! weights meet f32 rows (W4A16) or quantised ones (W4A4).
+//!
+//! Around the engine: [`quantize`] makes FP4 checkpoints, [`eval`] measures what they cost, [`trace`] finds where two runs
+//! part, [`oracle`] checks a device by known answers, [`bench`] and [`synth`] measure speed. ARCHITECTURE.md says how it
+//! works inside.
 
 pub mod bench;
 mod chat;

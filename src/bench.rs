@@ -59,15 +59,12 @@ fn bytes_of(program: &Program, at: usize, position: u64) -> u64 {
     };
     let weights = read(&["codes", "scales", "row_scales"]);
     let tokens = f64::from(program.tokens());
-    // Of `count` experts, those that `tokens` rows with `a` routes of `count` choose at least once.
-    let touched = |a: u32, count: u32| 1.0 - (1.0 - f64::from(a) / f64::from(count)).powf(tokens);
+    // The share of a layer's `e` experts that `tokens` rows with `a` routes each choose at least once.
+    let touched = |a: u32, e: u32| 1.0 - (1.0 - f64::from(a) / f64::from(e)).powf(tokens);
     match &launch.op {
         Op::Linear(_) => weights + read(&["bias"]),
-        Op::MoeUp(op) => (weights as f64 * touched(op.a, op.count.max(op.a))) as u64,
-        Op::MoeDown(op) => {
-            let a = program.launches.iter().find_map(|l| if let Op::MoeUp(up) = &l.op { Some(up.a) } else { None });
-            (weights as f64 * touched(a.unwrap_or(1), op.count.max(a.unwrap_or(1)))) as u64
-        }
+        Op::MoeUp(op) => (weights as f64 * touched(op.a, op.e)) as u64,
+        Op::MoeDown(op) => (weights as f64 * touched(op.a, op.e)) as u64,
         Op::Attention(op) => {
             let seen = if op.window == 0 { position + 1 } else { (position + 1).min(u64::from(op.window)) };
             2 * op.format.bytes(seen * u64::from(op.hk) * u64::from(op.dh))

@@ -250,6 +250,123 @@ fn quantised_activations_want_nvfp4_weights() {
 }
 
 #[test]
+fn calibrated_scales_belong_to_stages_that_there_are() {
+    for name in PRODUCERS {
+        let engine = engine(name, &cpu(), Activations::Nvfp4Static, 8);
+        let (_, stages) = trace(&mut engine.session().unwrap(), &[1, 2, 3]);
+        let scales = &engine.found().input_scales;
+        assert_eq!(scales.len(), 3 * (4 + 8 * 3), "{name}: q, k, v, o and three a expert, in three layers");
+        for scale in scales {
+            assert!(stages.contains_key(&scale.stage), "{name}: {} is said to read {}", scale.module, scale.stage);
+            assert!(stages.contains_key(&format!("{}.staged", scale.stage)), "{name}: {}", scale.stage);
+        }
+    }
+}
+
+/// A copy of the modelopt fixture whose tensors `change` may replace: dtype, shape, bytes.
+fn changed(
+    dir: &std::path::Path,
+    change: impl Fn(&str, safetensors::Dtype, Vec<usize>, &[u8]) -> (safetensors::Dtype, Vec<usize>, Vec<u8>),
+) {
+    std::fs::create_dir_all(dir).unwrap();
+    for file in ["config.json", "hf_quant_config.json"] {
+        std::fs::copy(fixture(PRODUCERS[0]).join(file), dir.join(file)).unwrap();
+    }
+    let bytes = std::fs::read(fixture(PRODUCERS[0]).join("model.safetensors")).unwrap();
+    let tensors = SafeTensors::deserialize(&bytes).unwrap();
+    let all: Vec<_> =
+        tensors.iter().map(|(n, t)| (n.to_owned(), change(n, t.dtype(), t.shape().to_vec(), t.data()))).collect();
+    let views = all.iter().map(|(name, (dtype, shape, data))| {
+        (name, safetensors::tensor::TensorView::new(*dtype, shape.clone(), data).unwrap())
+    });
+    std::fs::write(dir.join("model.safetensors"), safetensors::serialize(views, None).unwrap()).unwrap();
+}
+
+#[test]
+fn q_k_and_v_with_input_scales_of_their_own_are_quantised_apart() {
+    let dir = std::env::temp_dir().join(format!("fourfold-apart-{}", std::process::id()));
+    changed(&dir, |name, dtype, shape, data| {
+        // k's calibration saw less, v's more.
+        let factor = match name {
+            "model.layers.1.self_attn.k_proj.input_scale" => 0.5,
+            "model.layers.1.self_attn.v_proj.input_scale" => 3.0,
+            _ => 1.0f32,
+        };
+        let scaled = |data: &[u8]| (f32::from_le_bytes(data.try_into().unwrap()) * factor).to_le_bytes().to_vec();
+        (dtype, shape, if factor == 1.0 { data.to_vec() } else { scaled(data) })
+    });
+    let golden = Golden::open(PRODUCERS[0], "golden_w4a4_static.safetensors");
+    let tokens = golden.words("p1.input_ids").unwrap();
+    let run = |device: &Arc<dyn Device>| {
+        let builder = Engine::builder().checkpoint(&dir).device(DeviceChoice::Own(device.clone())).context(64);
+        let engine = builder.activations(Activations::Nvfp4Static).build().unwrap();
+        trace(&mut engine.session().unwrap(), &tokens)
+    };
+    let (logits, stages) = run(&cpu());
+    assert!(stages.contains_key("layers.1.attn_norm.staged.3") && !stages.contains_key("layers.0.attn_norm.staged.2"));
+    // q alone is as it was: its columns of the stage are those of the fixture, the others are not.
+    let mut session = engine(PRODUCERS[0], &cpu(), Activations::Nvfp4Static, 80).session().unwrap();
+    let (_, plain) = trace(&mut session, &tokens);
+    let columns = |stages: &Stages, range: std::ops::Range<usize>| -> Vec<u32> {
+        stages["layers.1.qkv"].chunks_exact(256).flat_map(|row| row[range.clone()].to_vec()).collect()
+    };
+    assert_eq!(columns(&stages, 0..128), columns(&plain, 0..128));
+    for range in [128..192, 192..256] {
+        let (got, was) = (floats(&columns(&stages, range.clone())), floats(&columns(&plain, range)));
+        let (l2, _) = distance(&got, &was);
+        assert!(l2 > 1e-2 && l2 < 1.0, "{l2}");
+    }
+    for (name, device) in gpus() {
+        let (got, _) = run(device);
+        within(&format!("q, k, v apart on {name}"), &got, &logits, TOLERANCE);
+    }
+    std::fs::remove_dir_all(&dir).unwrap();
+}
+
+#[test]
+fn a_projection_may_be_of_several_formats() {
+    // q as bf16 beside k and v in NVFP4: as the fixture, but for bf16's rounding of q.
+    use fourfold::checkpoint::{Checkpoint, Mapping, ScaleOrder};
+    let checkpoint = Checkpoint::open(&fixture(PRODUCERS[0]), Mapping::Read).unwrap();
+    let config = fourfold::config::Config::open(&checkpoint).unwrap();
+    let module = "model.layers.1.self_attn.q_proj";
+    let stored = checkpoint.stored(module, [128, 96], &config.quantization, ScaleOrder::Linear).unwrap();
+    let mut row = vec![0.0; 96];
+    let mut q = Vec::new();
+    for n in 0..128 {
+        stored.decode_row(n, &mut row);
+        q.extend(row.iter().flat_map(|v| half::bf16::from_f32(*v).to_le_bytes()));
+    }
+    let dir = std::env::temp_dir().join(format!("fourfold-mixed-{}", std::process::id()));
+    changed(&dir, |name, dtype, shape, data| match name.strip_prefix(module) {
+        Some(".weight") => (safetensors::Dtype::BF16, vec![128, 96], q.clone()),
+        _ => (dtype, shape, data.to_vec()),
+    });
+    let path = dir.join("model.safetensors");
+    let bytes = std::fs::read(&path).unwrap();
+    let tensors = SafeTensors::deserialize(&bytes).unwrap();
+    let kept = tensors.iter().filter(|(name, _)| !name.starts_with(&format!("{module}.")) || name.ends_with(".weight"));
+    std::fs::write(&path, safetensors::serialize(kept, None).unwrap()).unwrap();
+    let golden = Golden::open(PRODUCERS[0], "golden_w4a16.safetensors");
+    let tokens = golden.words("p2.input_ids").unwrap();
+    let want = golden.floats("p2.logits").unwrap();
+    for (name, device) in devices() {
+        for activations in [Activations::F32, Activations::Nvfp4Token] {
+            let builder = Engine::builder().checkpoint(&dir).device(DeviceChoice::Own(device.clone())).context(64);
+            let mut session = builder.activations(activations).build().unwrap().session().unwrap();
+            let (logits, stages) = trace(&mut session, &tokens);
+            if activations == Activations::F32 {
+                let (l2, _) = distance(&logits, &want);
+                assert!(l2 > 1e-6 && l2 < 2e-2, "{name}: {l2}");
+            } else {
+                assert!(stages.contains_key("layers.1.attn_norm.staged.2") && logits.iter().all(|v| v.is_finite()));
+            }
+        }
+    }
+    std::fs::remove_dir_all(&dir).unwrap();
+}
+
+#[test]
 fn the_modes_are_apart() {
     // Were one mode taken for another, the goldens of another would fit as well.
     let golden =

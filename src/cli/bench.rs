@@ -23,13 +23,13 @@ which a kernel that does nothing else reads memory, measured in the same run.";
 #[command(after_help = EXAMPLES)]
 pub(super) struct Args {
     /// Lengths of prompts
-    #[arg(long, value_name = "N,...", value_delimiter = ',', default_value = "512")]
+    #[arg(long, value_name = "N,...", value_delimiter = ',', default_value = "512", value_parser = at_least_one)]
     prefill: Vec<usize>,
     /// Tokens in the cache when decoding begins
     #[arg(long, value_name = "N,...", value_delimiter = ',', default_value = "0")]
     depth: Vec<usize>,
     /// Tokens to decode at each depth, after eight that are not counted
-    #[arg(long, value_name = "N", default_value_t = 64)]
+    #[arg(long, value_name = "N", default_value = "64", value_parser = at_least_one)]
     tokens: usize,
     /// Time every launch of one decoded token on the device
     #[arg(long)]
@@ -51,7 +51,9 @@ const CEILING_BYTES: u64 = 1 << 30;
 
 pub(super) fn bench(args: &Args) -> anyhow::Result<Ending> {
     let device = args.engine.device()?;
-    let engine = args.engine.load(device, args.quiet)?;
+    let deepest = args.depth.iter().max().map_or(0, |depth| depth + WARM + args.tokens);
+    let longest = args.prefill.iter().copied().max().unwrap_or(0);
+    let engine = args.engine.with_room(deepest.max(longest)).load(device, args.quiet)?;
     if !args.quiet {
         note_fallback(&engine);
     }
@@ -134,6 +136,10 @@ fn by_kernel(timed: &[Timed]) -> Vec<Vec<String>> {
         vec![(*kernel).to_owned(), launches.to_string(), format!("{:.1}", seconds * 1e6), share, mb, speed]
     };
     kernels.iter().chain([&total]).map(row).collect()
+}
+
+fn at_least_one(text: &str) -> Result<usize, String> {
+    text.parse().ok().filter(|n| *n > 0).ok_or_else(|| "should be a whole number above zero".to_owned())
 }
 
 fn rate_of(rate: f64) -> String {

@@ -8,7 +8,7 @@ use fourfold::{Activations, CacheFormat, DeviceChoice, Engine, HostStages};
 use std::path::PathBuf;
 
 /// What computes, and with which weights.
-#[derive(clap::Args)]
+#[derive(Clone, clap::Args)]
 #[command(next_help_heading = "Model and device")]
 pub(super) struct EngineArgs {
     /// A Hugging Face directory: gpt_oss, qwen3_moe, qwen3 or llama [default: the built-in model]
@@ -164,6 +164,11 @@ impl EngineArgs {
             Some(dir) => fourfold::synth::open(dir, mapping)?,
             None => fourfold::default_checkpoint()?,
         })
+    }
+
+    /// With a context of at least `tokens`, unless the user chose one.
+    pub(super) fn with_room(&self, tokens: usize) -> Self {
+        Self { context: self.context.or(Some(tokens.max(fourfold::DEFAULT_CONTEXT))), ..self.clone() }
     }
 
     pub(super) fn load(&self, device: DeviceChoice, quiet: bool) -> anyhow::Result<Engine> {

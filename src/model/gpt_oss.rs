@@ -3,7 +3,7 @@
 //! Source of the formulas: openai/gpt-oss `gpt_oss/torch/model.py` and transformers `modeling_gpt_oss.py`. Activations,
 //! the residual stream and expert outputs are f32: the released 120b passes f16's range.
 
-use super::load::Loader;
+use super::load::{Inputs, Loader};
 use super::{Layers, State, attention, heads, norm};
 use crate::config::Config;
 use crate::error::Result;
@@ -34,20 +34,18 @@ impl GptOss {
         up.refuse_unquantised()?;
         let config = up.config.clone();
         let [d, f, e] = [config.hidden_size, config.intermediate_size, config.num_local_experts].map(|n| n as u32);
-        let [h, hk, dh] = heads(&config);
         let mut layers = Vec::new();
         for idx in 0..config.num_hidden_layers {
             let n = |name: &str| format!("model.layers.{idx}.{name}");
-            let qkv = [("q_proj", h), ("k_proj", hk), ("v_proj", hk)];
-            let qkv = qkv.map(|(name, heads)| (n(&format!("self_attn.{name}")), heads * dh));
+            let router = [(n("mlp.router"), e)];
             up.kv_scales(idx)?;
             layers.push(Layer {
                 attn_norm: up.vector(&n("input_layernorm.weight"), config.hidden_size)?,
-                qkv: up.projection(&qkv, d, true)?,
+                qkv: up.qkv(idx)?,
                 sinks: up.vector(&n("self_attn.sinks"), config.num_attention_heads)?,
-                out: up.projection(&[(n("self_attn.o_proj"), d)], h * dh, true)?,
+                out: up.attention_out(idx)?,
                 mlp_norm: up.vector(&n("post_attention_layernorm.weight"), config.hidden_size)?,
-                router: up.projection(&[(n("mlp.router"), e)], d, true)?,
+                router: Projection { bias: up.biases(&router)?, ..up.projection(&router, d, Inputs::Exact)? },
                 up: up.fused_experts(&n("mlp.experts.gate_up_proj"), [e, 2 * f, d])?,
                 down: up.fused_experts(&n("mlp.experts.down_proj"), [e, d, f])?,
             });
@@ -77,7 +75,7 @@ impl Layers for GptOss {
 
         p.rms_norm(norm(c), s.x, l.mlp_norm, s.h);
         p.stage(name("mlp_norm"), s.h, d);
-        s.project(p, &l.router, s.h, s.scores, name("mlp.router.staged"));
+        p.projection(s.step, &l.router, s.h, s.scores);
         p.stage(name("mlp.router.logits"), s.scores, e);
         p.router(Router { e: e as u32, a: form.a, normalise: true }, s.scores, s.routes);
         p.index_stage(name("mlp.router.experts"), s.routes.experts, a);

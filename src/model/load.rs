@@ -1,8 +1,8 @@
 //! From a checkpoint's tensors to weights on a device. Each family says which linears, experts and vectors it has and of
 //! what shape; this file finds them in whatever format they are stored, checks them, and stacks what belongs together.
 
-use super::{Plan, Progress};
-use crate::checkpoint::{Checkpoint, Dtype, Stored, check_e4m3_scales, check_e8m0, check_finite_bf16};
+use super::{Plan, Progress, heads};
+use crate::checkpoint::{Checkpoint, Dtype, ScaleOrder, Stored, check_e4m3_scales, check_e8m0, check_finite_bf16};
 use crate::config::{Config, Producer};
 use crate::device::{Buffer, Device};
 use crate::error::{Error, Result};
@@ -35,12 +35,21 @@ pub struct InputScale {
     pub scale: f32,
 }
 
+/// Whether the rows that a linear reads are quantised where the plan says so. A router's and the head's never are.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Inputs {
+    AsPlanned,
+    Exact,
+}
+
 /// Takes checked tensors to a device, counting bytes.
 pub(super) struct Loader<'a> {
     pub(super) config: &'a Config,
     checkpoint: &'a Checkpoint,
     device: &'a Arc<dyn Device>,
     plan: &'a Plan,
+    /// Nothing is kept: what takes time and cannot fail is left out.
+    rehearsing: bool,
     used: HashSet<String>,
     found: Found,
     buffers: Vec<Buffer>,
@@ -57,7 +66,13 @@ impl<'a> Loader<'a> {
         progress: &'a mut dyn FnMut(Progress),
     ) -> Self {
         let (used, found) = (HashSet::new(), Found::default());
-        Self { config, checkpoint, device, plan, used, found, buffers: Vec::new(), done: 0, progress }
+        let rehearsing = false;
+        Self { config, checkpoint, device, plan, rehearsing, used, found, buffers: Vec::new(), done: 0, progress }
+    }
+
+    /// For a device that keeps nothing.
+    pub(super) fn rehearsing(self) -> Self {
+        Self { rehearsing: true, ..self }
     }
 
     /// What was found, and the buffers of everything but weights, which own theirs.
@@ -71,9 +86,17 @@ impl<'a> Loader<'a> {
         let tables = self.checkpoint.tensors().map(|t| t.name).filter(|name| name.ends_with(".rotary_emb.inv_freq"));
         self.used.extend(tables.map(str::to_owned));
         self.checkpoint.check_all_used(&self.used)?;
-        if self.plan.activations != Activations::F32 && found.linears.iter().all(|(f, ..)| *f != Format::Nvfp4) {
-            let reason = "quantised activations go with NVFP4 weights, and this checkpoint has none: use \"f32\"";
-            return Err(Error::option("activations", reason));
+        if found.linears.iter().all(|(f, ..)| *f != Format::Nvfp4) {
+            if self.plan.activations != Activations::F32 {
+                let reason = "quantised activations go with NVFP4 weights, and this checkpoint has none: use \"f32\"";
+                return Err(Error::option("activations", reason));
+            }
+            if self.plan.scale_order == ScaleOrder::Swizzled {
+                return Err(Error::option(
+                    "swizzled-scales",
+                    "this checkpoint has no NVFP4 weights whose scales could be",
+                ));
+            }
         }
         Ok(())
     }
@@ -165,7 +188,7 @@ impl<'a> Loader<'a> {
 
     /// A linear layer, its rows stacked from several modules of N rows each. Modules of the same format and activation
     /// scale become one matrix; their weights' scales stay apart, row by row.
-    pub(super) fn projection(&mut self, modules: &[(String, u32)], k: u32, bias: bool) -> Result<Projection> {
+    pub(super) fn projection(&mut self, modules: &[(String, u32)], k: u32, inputs: Inputs) -> Result<Projection> {
         let mut pieces = Vec::new();
         let mut run: Vec<Stored<'a>> = Vec::new();
         let (mut first, mut total) = (0, 0);
@@ -174,31 +197,48 @@ impl<'a> Loader<'a> {
             let alike = |other: &Stored<'_>| {
                 let same =
                     |a: Option<Global>, b: Option<Global>| a.map(Global::multiplier) == b.map(Global::multiplier);
-                let wanted = self.plan.activations == Activations::Nvfp4Static;
+                let wanted = self.plan.activations == Activations::Nvfp4Static && inputs == Inputs::AsPlanned;
                 other.format == stored.format && (!wanted || same(other.input, stored.input))
             };
             if run.last().is_some_and(|last| !alike(last)) {
-                pieces.push(self.piece(&std::mem::take(&mut run), first, k)?);
+                pieces.push(self.piece(&std::mem::take(&mut run), first, k, inputs)?);
                 first = total;
             }
             run.push(stored);
             total += n;
         }
-        pieces.push(self.piece(&run, first, k)?);
-        let bias = match bias {
-            false => None,
-            true => {
-                let pieces = modules.iter().map(|(module, n)| self.bf16(&format!("{module}.bias"), &[*n as usize]));
-                let bias = pieces.collect::<Result<Vec<_>>>()?.concat();
-                Some(self.put(&format!("{}.bias", modules[0].0), &bias)?)
-            }
-        };
-        Ok(Projection { pieces, n: total, bias })
+        pieces.push(self.piece(&run, first, k, inputs)?);
+        Ok(Projection { pieces, n: total, bias: None })
     }
 
-    fn piece(&mut self, run: &[Stored<'a>], first: u32, k: u32) -> Result<Piece> {
+    /// The modules' biases, stacked.
+    pub(super) fn biases(&mut self, modules: &[(String, u32)]) -> Result<Option<Slice>> {
+        let pieces = modules.iter().map(|(module, n)| self.bf16(&format!("{module}.bias"), &[*n as usize]));
+        let bias = pieces.collect::<Result<Vec<_>>>()?.concat();
+        self.put(&format!("{}.bias", modules[0].0), &bias).map(Some)
+    }
+
+    /// q, k and v of a layer, one below the other, with biases where the config says so.
+    pub(super) fn qkv(&mut self, idx: usize) -> Result<Projection> {
+        let [h, hk, dh] = heads(self.config);
+        let modules = [("q_proj", h), ("k_proj", hk), ("v_proj", hk)];
+        let modules = modules.map(|(name, heads)| (format!("model.layers.{idx}.self_attn.{name}"), heads * dh));
+        let qkv = self.projection(&modules, self.config.hidden_size as u32, Inputs::AsPlanned)?;
+        Ok(Projection { bias: if self.config.attention_bias { self.biases(&modules)? } else { None }, ..qkv })
+    }
+
+    /// The attention's output matrix of a layer, with a bias where the config says so.
+    pub(super) fn attention_out(&mut self, idx: usize) -> Result<Projection> {
+        let [h, _, dh] = heads(self.config);
+        let module = [(format!("model.layers.{idx}.self_attn.o_proj"), self.config.hidden_size as u32)];
+        let out = self.projection(&module, h * dh, Inputs::AsPlanned)?;
+        Ok(Projection { bias: if self.config.attention_bias { self.biases(&module)? } else { None }, ..out })
+    }
+
+    fn piece(&mut self, run: &[Stored<'a>], first: u32, k: u32, inputs: Inputs) -> Result<Piece> {
         let rows = run.iter().map(|s| s.n as u32).sum();
-        let input_scale = match self.static_scale(&run[0])? {
+        let scale = if inputs == Inputs::AsPlanned { self.static_scale(&run[0])? } else { None };
+        let input_scale = match scale {
             Some(scale) => Some(self.put("input scale", &scale.multiplier().to_le_bytes())?),
             None => None,
         };
@@ -281,6 +321,11 @@ impl<'a> Loader<'a> {
                 Weight::experts(self.device, name, Format::Mxfp4, [e, n, k], &bytes)?
             }
             true => {
+                if self.plan.scale_order == ScaleOrder::Swizzled {
+                    let reason =
+                        format!("{name} has the experts' scales in one tensor, which are read row by row only");
+                    return Err(Error::option("swizzled-scales", reason));
+                }
                 let codes = self.bytes(name, Dtype::U8, &[we, wn, wk / 2])?;
                 let scale_name = format!("{name}_weight_scale");
                 let scales = self.bytes(&scale_name, Dtype::F8E4M3, &[we, wn, wk / 16])?;
@@ -337,7 +382,7 @@ impl<'a> Loader<'a> {
         let (inv_freq, factor) = (rope.inv_freq(dh), f64::from(rope.attention_factor()));
         let table = Buffer::new(self.device, "rope table", u64::from(context) * dh as u64 * 4)?;
         // In pieces: a table for millions of positions must not stand in host memory as a whole.
-        let positions: Vec<u32> = (0..context).collect();
+        let positions: Vec<u32> = (0..if self.rehearsing { 0 } else { context }).collect();
         for piece in positions.chunks(1 << 16) {
             let mut values = Vec::with_capacity(piece.len() * dh);
             for (p, f) in piece.iter().flat_map(|p| inv_freq.iter().map(move |f| (p, f))) {

@@ -1,6 +1,6 @@
 //! The dense gated MLP: `down(silu(gate x) up x)`.
 
-use super::load::Loader;
+use super::load::{Inputs, Loader};
 use super::state::State;
 use crate::error::Result;
 use crate::ops::{Gate, Glu, Projection};
@@ -19,8 +19,8 @@ impl Mlp {
     /// `PREFIX.gate_proj`, `.up_proj` `[F, D]` and `.down_proj` `[D, F]`.
     pub(super) fn load(up: &mut Loader<'_>, prefix: &str, [d, f]: [u32; 2]) -> Result<Self> {
         let gate_up = ["gate_proj", "up_proj"].map(|name| (format!("{prefix}.{name}"), f));
-        let gate_up = up.projection(&gate_up, d, false)?;
-        let down = up.projection(&[(format!("{prefix}.down_proj"), d)], f, false)?;
+        let gate_up = up.projection(&gate_up, d, Inputs::AsPlanned)?;
+        let down = up.projection(&[(format!("{prefix}.down_proj"), d)], f, Inputs::AsPlanned)?;
         Ok(Self { f, gate_up, down })
     }
 

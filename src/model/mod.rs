@@ -20,7 +20,7 @@ use crate::device::{Buffer, Device};
 use crate::error::Result;
 use crate::ops::{Attention, KvCache, Projection, RmsNorm, Weight};
 use crate::program::{Program, Slice};
-use load::Loader;
+use load::{Inputs, Loader};
 use std::fmt::Debug;
 use std::sync::Arc;
 
@@ -65,7 +65,7 @@ impl Model {
     ) -> Result<Self> {
         let rehearsal: Arc<dyn Device> = Arc::new(Rehearsal::new(device.limits(), device.describe()));
         let mut silent = |_| ();
-        let mut loader = Loader::new(checkpoint, &config, &rehearsal, plan, &mut silent);
+        let mut loader = Loader::new(checkpoint, &config, &rehearsal, plan, &mut silent).rehearsing();
         let rehearsed = Self::from_loader(&mut loader)?;
         loader.check_whole(&rehearsed.found)?;
         let model = Self::from_loader(&mut Loader::new(checkpoint, &config, device, plan, progress))?;
@@ -84,7 +84,7 @@ impl Model {
             Family::Llama => Box::new(llama::Llama::load(up)?),
         };
         let lm_head = match !config.tie_word_embeddings || up.has("lm_head.weight") || up.has("lm_head.weight_packed") {
-            true => Some(up.projection(&[("lm_head".to_owned(), vocab)], d, false)?),
+            true => Some(up.projection(&[("lm_head".to_owned(), vocab)], d, Inputs::Exact)?),
             false => None,
         };
         let final_norm = up.vector("model.norm.weight", config.hidden_size)?;
@@ -128,11 +128,7 @@ impl Model {
         p.stage(|| "final_norm".to_owned(), s.last_norm, self.config.hidden_size);
         match &self.lm_head {
             None => p.linear(s.head_step, &self.embed, None, s.last_norm, s.logits),
-            Some(head) => {
-                for piece in &head.pieces {
-                    p.linear_piece(s.head_step, head, piece, s.last_norm, s.logits);
-                }
-            }
+            Some(head) => p.projection(s.head_step, head, s.last_norm, s.logits),
         }
         p.stage(|| "logits".to_owned(), s.logits, self.config.vocab_size);
         p

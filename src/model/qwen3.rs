@@ -32,21 +32,18 @@ impl Qwen3 {
     pub(super) fn load(up: &mut Loader<'_>) -> Result<Self> {
         let config = up.config.clone();
         let (d, f) = (config.hidden_size as u32, config.intermediate_size as u32);
-        let [h, hk, dh] = heads(&config);
         let mut layers = Vec::new();
         for idx in 0..config.num_hidden_layers {
             let n = |name: &str| format!("model.layers.{idx}.{name}");
-            let qkv = [("q_proj", h), ("k_proj", hk), ("v_proj", hk)];
-            let qkv = qkv.map(|(name, heads)| (n(&format!("self_attn.{name}")), heads * dh));
             up.kv_scales(idx)?;
             layers.push(Layer {
                 attn_norm: up.vector(&n("input_layernorm.weight"), config.hidden_size)?,
-                qkv: up.projection(&qkv, d, config.attention_bias)?,
+                qkv: up.qkv(idx)?,
                 head_gains: [
                     up.vector(&n("self_attn.q_norm.weight"), config.head_dim)?,
                     up.vector(&n("self_attn.k_norm.weight"), config.head_dim)?,
                 ],
-                out: up.projection(&[(n("self_attn.o_proj"), d)], h * dh, config.attention_bias)?,
+                out: up.attention_out(idx)?,
                 mlp_norm: up.vector(&n("post_attention_layernorm.weight"), config.hidden_size)?,
                 mlp: Mlp::load(up, &n("mlp"), [d, f])?,
             });

@@ -2,7 +2,7 @@
 //!
 //! Source of the formulas: transformers `modeling_qwen3_moe.py`.
 
-use super::load::Loader;
+use super::load::{Inputs, Loader};
 use super::mlp::Mlp;
 use super::qwen3::head_norm;
 use super::{Layers, State, attention, heads, norm};
@@ -40,29 +40,26 @@ impl Qwen3Moe {
     pub(super) fn load(up: &mut Loader<'_>) -> Result<Self> {
         let config = up.config.clone();
         let [d, f, e] = [config.hidden_size, config.moe_intermediate_size, config.num_local_experts].map(|n| n as u32);
-        let [h, hk, dh] = heads(&config);
         let mut layers = Vec::new();
         for idx in 0..config.num_hidden_layers {
             let n = |name: &str| format!("model.layers.{idx}.{name}");
-            let qkv = [("q_proj", h), ("k_proj", hk), ("v_proj", hk)];
-            let qkv = qkv.map(|(name, heads)| (n(&format!("self_attn.{name}")), heads * dh));
             up.kv_scales(idx)?;
             let mlp = match config.is_moe(idx) {
                 false => Feed::Dense(Mlp::load(up, &n("mlp"), [d, config.intermediate_size as u32])?),
                 true => Feed::Experts {
-                    router: up.projection(&[(n("mlp.gate"), e)], d, false)?,
+                    router: up.projection(&[(n("mlp.gate"), e)], d, Inputs::Exact)?,
                     up: up.experts(&n("mlp.experts"), &["gate_proj", "up_proj"], [e, f, d])?,
                     down: up.experts(&n("mlp.experts"), &["down_proj"], [e, d, f])?,
                 },
             };
             layers.push(Layer {
                 attn_norm: up.vector(&n("input_layernorm.weight"), config.hidden_size)?,
-                qkv: up.projection(&qkv, d, config.attention_bias)?,
+                qkv: up.qkv(idx)?,
                 head_gains: [
                     up.vector(&n("self_attn.q_norm.weight"), config.head_dim)?,
                     up.vector(&n("self_attn.k_norm.weight"), config.head_dim)?,
                 ],
-                out: up.projection(&[(n("self_attn.o_proj"), d)], h * dh, config.attention_bias)?,
+                out: up.attention_out(idx)?,
                 mlp_norm: up.vector(&n("post_attention_layernorm.weight"), config.hidden_size)?,
                 mlp,
             });
@@ -97,7 +94,7 @@ impl Layers for Qwen3Moe {
             Feed::Experts { router, up, down } => {
                 let [e, a, f] = [c.num_local_experts, c.num_experts_per_tok, c.moe_intermediate_size];
                 let form = Swiglu { a: a as u32, rows: GateUp::Halves, gate: Gate::Silu };
-                s.project(p, router, s.h, s.scores, name("mlp.router.staged"));
+                p.projection(s.step, router, s.h, s.scores);
                 p.stage(name("mlp.router.logits"), s.scores, e);
                 p.router(Router { e: e as u32, a: form.a, normalise: c.norm_topk_prob }, s.scores, s.routes);
                 p.index_stage(name("mlp.router.experts"), s.routes.experts, a);

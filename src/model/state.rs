@@ -7,8 +7,8 @@ use crate::device::{Buffer, Device};
 use crate::error::{Error, Result};
 use crate::format::Format;
 use crate::ops::{
-    ActScale, Activations, CacheFormat, ExpertScales, Experts, Input, InputScales, KvCache, Projection, Routes, Row,
-    StageActivation, Staging, Step, Swiglu, Weight, staged_words,
+    ActScale, Activations, CacheFormat, ExpertScales, Experts, Input, InputScales, KvCache, Piece, Projection, Routes,
+    Row, StageActivation, Staging, Step, Swiglu, Weight, staged_words,
 };
 use crate::program::{HostStages, Program, Slice};
 use std::sync::Arc;
@@ -201,6 +201,10 @@ impl State {
     /// Record `y = w x + bias` by row, with x quantised first where the plan says so and the weight is NVFP4. `name`: of
     /// the stage that reports on quantising.
     pub(super) fn project(&self, p: &mut Program, w: &Projection, x: Slice, y: Slice, name: impl Fn() -> String) {
+        // Either all NVFP4 pieces have a calibrated scale or none: what is shared is not overwritten between its uses.
+        let calibrated = |piece: &Piece| piece.weight.format == Format::Nvfp4 && piece.input_scale.is_some();
+        let own = |piece: &Piece| piece.weight.format == Format::Nvfp4 && piece.input_scale.is_none();
+        debug_assert!(!(w.pieces.iter().any(calibrated) && w.pieces.iter().any(own)), "one mode for all pieces");
         let mut shared = None;
         for (i, piece) in w.pieces.iter().enumerate() {
             // Pieces with calibrated scales of their own quantise the same rows again: `.staged.2` and so on.

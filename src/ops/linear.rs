@@ -57,6 +57,13 @@ impl Program {
         self.linear_columns(step, w, [0, w.n], bias, x.into(), y);
     }
 
+    /// `y = w x + bias` by row, through every matrix of a linear layer.
+    pub fn projection(&mut self, step: Slice, w: &Projection, x: Slice, y: Slice) {
+        for piece in &w.pieces {
+            self.linear_piece(step, w, piece, x, y);
+        }
+    }
+
     /// One matrix of a [`Projection`], into its columns of `y`.
     pub fn linear_piece(&mut self, step: Slice, w: &Projection, piece: &Piece, x: impl Into<Input>, y: Slice) {
         self.linear_columns(step, &piece.weight, [piece.first, w.n], w.bias, x.into(), y);

@@ -24,6 +24,8 @@ pub struct MoeDown {
     pub d: u32,
     /// Experts per token.
     pub a: u32,
+    /// Experts of the layer.
+    pub e: u32,
     /// First expert of the part.
     pub first: u32,
     /// Experts in the part.
@@ -36,7 +38,7 @@ impl Program {
         let (x, k, d) = (x.into(), down.weight.k, down.weight.n);
         for part in &down.weight.parts {
             let (format, input) = (down.weight.format, x.format());
-            let op = MoeDown { format, input, k, d, a, first: part.first, count: part.count };
+            let op = MoeDown { format, input, k, d, a, e: down.weight.experts, first: part.first, count: part.count };
             let launch = Launch::new(Op::MoeDown(op), &KERNEL, [d.div_ceil(8), self.tokens * a, 1])
                 .constant("K", k)
                 .constant("D", d)

@@ -55,6 +55,8 @@ pub struct MoeUp {
     pub a: u32,
     /// Routes that read one row of the input.
     pub share: u32,
+    /// Experts of the layer.
+    pub e: u32,
     /// First expert of the part.
     pub first: u32,
     /// Experts in the part.
@@ -102,7 +104,7 @@ impl Program {
         };
         for part in &up.weight.parts {
             let (format, input, first, count) = (up.weight.format, x.format(), part.first, part.count);
-            let op = MoeUp { format, input, k, f, a, share, first, count, rows, gate };
+            let op = MoeUp { format, input, k, f, a, share, e: up.weight.experts, first, count, rows, gate };
             let launch = Launch::new(Op::MoeUp(op), &KERNEL, [f.div_ceil(8), self.tokens * a, 1])
                 .constant("K", k)
                 .constant("F", f)

@@ -231,6 +231,19 @@ fn the_command_prints_a_table_or_json() {
     assert_eq!(json["model"]["nll"], json["reference"]["nll"]);
     assert_eq!((json["tokens_scored"].as_u64(), json["model"]["perplexity"].as_f64().unwrap() > 1.0), (Some(9), true));
 
+    // What is said of files and caches is said of both: the same model is still no distance from itself.
+    let output = fourfold(&[&common[..], &reference, &["--kv", "bf16", "--no-mmap"]].concat());
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let bf16: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!((bf16["kl"]["max"].as_f64(), &bf16["reference"]["nll"]), (Some(0.0), &bf16["model"]["nll"]));
+    assert_ne!(bf16["model"]["nll"], json["model"]["nll"]);
+    // The default model has no scales that could lie in another order; this reference has, row by row.
+    let rows = root.join("tests/fixtures/qwen3_moe/modelopt");
+    let rows = [&common[..], &["--text", "text.txt", "--swizzled-scales", "--reference", rows.to_str().unwrap()]];
+    let output = fourfold(&rows.concat());
+    let text = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(output.status.code() == Some(3) && text.contains("do not say that they are swizzled"), "{text}");
+
     let prompt: String = TEXT.chars().take(30).collect();
     let trace = ["trace", "--prompt", &prompt, "--device", "cpu", "--stage", "logits", "-o", "t.safetensors"];
     assert!(fourfold(&trace).status.success());

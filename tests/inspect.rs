@@ -4,10 +4,11 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use crate::cli::{err, fails, fourfold, out, root};
 use fourfold::format::nvfp4;
-use fourfold::trace::calibration::{self, ScaleOf};
+use fourfold::trace::calibration::{self, Measured, ScaleOf};
 use fourfold::trace::file::{TraceFile, Values};
 use safetensors::tensor::TensorView;
 use safetensors::{Dtype, SafeTensors};
@@ -183,20 +184,43 @@ fn what_differs_from_the_declaration_is_said() {
             let scale = (Dtype::F32, vec![], 0.02f32.to_le_bytes().to_vec());
             (0..3).for_each(|l| drop(tensors.insert(format!("model.layers.{l}.self_attn.{key}"), scale.clone())));
         }
-        // Weights only, so that calibrated scales may be missing.
-        tensors.remove("model.layers.1.self_attn.o_proj.input_scale").unwrap();
+        // Not declared to be quantised, so that its calibrated scale may be missing.
+        let o_proj = "model.layers.1.self_attn.o_proj";
+        tensors.remove(&format!("{o_proj}.input_scale")).unwrap();
         let q = &mut config["quantization_config"];
-        q["config_groups"]["group_0"].as_object_mut().unwrap().remove("input_activations");
+        q["ignore"].as_array_mut().unwrap().push(o_proj.into());
         q["kv_cache_scheme"] = serde_json::json!({"num_bits": 8, "type": "float", "dynamic": false});
         q["ignore"].as_array_mut().unwrap().retain(|name| name != "lm_head" && name != "model.layers.1.mlp.gate");
     });
     let said = report(edited.path(), &["--kv", "bf16"]);
-    says(&said, &["inputs as they are (W4A16)", "missing: attention in layers 1"]);
+    says(&said, &["calibrated scales (W4A4)", "Calibrated inputs", "missing: attention in layers 1"]);
     says(&said, &["k_scale/v_scale: FP8 scales are there and sound, in 3 layers; the cache stays bf16"]);
     says(
         &said,
-        &["2 linears are not as declared (the tensors decide): lm_head is BF16, declared NVFP4; model.layers.1"],
+        &["3 linears are not as declared (the tensors decide): lm_head is BF16, declared NVFP4; model.layers.1"],
     );
+    // Of inputs of another kind, scales that are there are sound, and no calibration for NVFP4.
+    let weights_only = Edited::new("weights-only", MODELOPT, |_, config| {
+        let group = &mut config["quantization_config"]["config_groups"]["group_0"];
+        group.as_object_mut().unwrap().remove("input_activations");
+    });
+    let said = report(weights_only.path(), &[]);
+    says(&said, &["inputs as they are (W4A16)", "all sound"]);
+    assert!(!said.contains("Calibrated inputs"), "{said}");
+}
+
+#[test]
+fn shapes_without_elements_end_soon() {
+    let edited = Edited::new("empty", MODELOPT, |tensors, _| {
+        let name = |part: &str| format!("model.layers.0.self_attn.{part}");
+        tensors.insert(name("wide.weight"), (Dtype::U8, vec![0, 1 << 63], vec![]));
+        tensors.insert(name("long.weight"), (Dtype::F8_E4M3, vec![1 << 60, 0], vec![]));
+        tensors.insert(name("long.weight_scale_inv"), (Dtype::F32, vec![1 << 53, 0], vec![]));
+    });
+    let output = fourfold(&["inspect", edited.path()]);
+    let text = format!("{}{}", out(&output), err(&output));
+    assert!(output.status.code().is_some_and(|code| code < 100), "{text}");
+    assert!(text.contains("self_attn.long.weight") && !text.contains("panicked"), "{text}");
 }
 
 #[test]
@@ -241,8 +265,8 @@ fn every_bad_scale_is_listed() {
 
 /// What a trace prints on stdout and stderr.
 fn trace(dir: &str, flags: &[&str]) -> (String, String, TraceFile) {
-    static COUNT: std::sync::atomic::AtomicUsize = std::sync::atomic::AtomicUsize::new(0);
-    let n = COUNT.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+    static COUNT: AtomicUsize = AtomicUsize::new(0);
+    let n = COUNT.fetch_add(1, Ordering::Relaxed);
     let file = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("calibration-{n}.safetensors"));
     let args =
         ["trace", "--model", dir, "--tokens", TOKENS, "--device", "cpu", "--force", "-o", file.to_str().unwrap()];
@@ -302,17 +326,78 @@ fn a_trace_holds_its_inputs_against_calibration() {
 
     // Statistics have extremes, but no routes and no clipped blocks.
     let (table, _, file) = trace(&dir, &["--stats", "-v"]);
-    assert!(table.contains("least of 8 experts") && table.lines().all(|line| line.chars().count() <= 80), "{table}");
+    assert!(table.lines().all(|line| line.chars().count() <= 80), "{table}");
+    let of_experts: Vec<&str> = table.lines().filter(|line| line.contains("largest of 8 experts")).collect();
+    assert!(!of_experts.is_empty() && of_experts.iter().all(|line| line.contains(" ≥ ")), "{table}");
+    assert_eq!(table.matches('≥').count(), of_experts.len(), "{table}");
     let told = calibration::measure(&file).unwrap();
     let (_, _, full) = trace(&dir, &[]);
     for (told, full) in told.iter().zip(calibration::measure(&full).unwrap()) {
         assert_eq!((told.amax, told.clipped), (full.amax, None));
-        assert!(told.ratio >= full.ratio, "{told:?}");
+        assert!(told.ratio <= full.ratio, "{told:?}");
+        assert_eq!(told.is_lower_bound(), matches!(full.scale_of, ScaleOf::Expert(_)), "{told:?} {full:?}");
     }
+    // Nor are there routes where they were not asked for.
+    let (_, _, file) = trace(&dir, &["--stage", "layers.*.mlp.up"]);
+    let unrouted = calibration::measure(&file).unwrap();
+    for one in &unrouted {
+        let told = told.iter().find(|told| told.stage == one.stage).unwrap();
+        assert_eq!((one.ratio, one.scale_of), (told.ratio, told.scale_of));
+    }
+    assert_eq!(unrouted.len(), 3);
+    assert!(unrouted.iter().any(Measured::is_lower_bound));
     let (_, notes, _) = trace(&fixture("dense/qwen3"), &["--scales"]);
     assert!(notes.contains("no calibrated scales"), "{notes}");
     let (_, notes, _) = trace(&dir, &["--scales", "--stage", "logits"]);
     assert!(notes.contains("what was recorded has no calibrated scales"), "{notes}");
+}
+
+/// A trace that somebody else wrote: scales for three experts, a stage of one number repeated, and the routes of its rows.
+fn measured(stage: &str, shape: [usize; 2], value: f32, routes: Option<[usize; 2]>) -> Result<Vec<Measured>, String> {
+    static COUNT: AtomicUsize = AtomicUsize::new(0);
+    let n = COUNT.fetch_add(1, Ordering::Relaxed);
+    let file = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("calibration-foreign-{n}.safetensors"));
+    let values: Vec<u8> = (0..shape[0] * shape[1]).flat_map(|_| value.to_le_bytes()).collect();
+    let mut views = vec![(stage.to_owned(), TensorView::new(Dtype::F32, shape.to_vec(), &values).unwrap())];
+    let experts =
+        routes.map_or(Vec::new(), |[rows, a]| (0..rows * a).flat_map(|i| (i as i32 % 3).to_le_bytes()).collect());
+    if let Some(shape) = routes {
+        let view = TensorView::new(Dtype::I32, shape.to_vec(), &experts).unwrap();
+        views.push(("layers.0.mlp.router.experts".to_owned(), view));
+    }
+    let scales = format!(r#"{{"{stage}": [0.001, null, 1.0]}}"#);
+    let metadata = [(calibration::KEY.to_owned(), scales)].into();
+    fs::write(&file, safetensors::serialize(views, Some(metadata)).unwrap()).unwrap();
+    calibration::measure(&TraceFile::open(&file).unwrap()).map_err(|e| e.to_string())
+}
+
+#[test]
+fn a_healthy_input_of_unknown_experts_is_no_warning() {
+    let up = "layers.0.mlp.up";
+    // As large as calibration saw before the third expert; the first saw a thousandth of it.
+    for (stage, routes) in [(up, None), ("layers.0.mlp_norm", None), (up, Some([1, 2]))] {
+        let all = measured(stage, [2, 8], nvfp4::MAX, routes).unwrap();
+        assert_eq!((all.len(), all[0].ratio, all[0].scale_of), (1, 1.0, ScaleOf::LargestOf(3)), "{stage}");
+        assert!(all[0].is_lower_bound() && !all[0].is_suspicious());
+        assert!(measured(stage, [2, 8], nvfp4::MAX * 2.5, routes).unwrap()[0].is_suspicious());
+    }
+    let own = measured(up, [1, 9], nvfp4::MAX, Some([1, 3])).unwrap();
+    assert_eq!((own[0].scale_of, own[0].is_suspicious()), (ScaleOf::Expert(0), true));
+}
+
+#[test]
+fn a_foreign_trace_of_odd_shapes_is_an_error() {
+    let up = "layers.0.mlp.up";
+    for (shape, a, words) in [
+        ([2, 8], 0, "layers.0.mlp.router.experts: is empty"),
+        ([2, 0], 2, "layers.0.mlp.up: is empty"),
+        ([2, 8], 3, "layers.0.mlp.up: has rows of 8 numbers, which are not whole parts for 3 experts"),
+        ([2, 2], 3, "layers.0.mlp.up: has rows of 2 numbers"),
+    ] {
+        let error = measured(up, shape, 1.0, Some([2, a])).unwrap_err();
+        assert!(error.contains(words), "{error}");
+    }
+    measured("layers.0.mlp_norm", [2, 8], 1.0, Some([2, 3])).unwrap();
 }
 
 #[test]

@@ -370,6 +370,36 @@ fn errors_name_the_tensor() {
         put(t, "model.layers.0.mlp.experts.down_proj", Raw::BF16, &[2, 32, 32], &[1.0; 2048]);
     });
     says(&fused, &gone, &nv, &["model.layers.0.mlp.experts.down_proj", "each expert"]);
+    // No bytes for any number of rows: refused before anything is counted up to it.
+    for (dtype, shape) in [(Raw::BF16, [1 << 60, 0]), (Raw::F32, [0, 1 << 58]), (Raw::F16, [0, 0])] {
+        let empty = with("empty", &|t| {
+            t.insert("model.layers.0.self_attn.q_proj.weight".into(), (dtype, shape.to_vec(), Vec::new()));
+        });
+        for options in [&nv, &mx] {
+            let words = ["model.layers.0.self_attn.q_proj.weight", "without elements", &format!("{shape:?}")];
+            says(&empty, &gone, options, &words);
+        }
+    }
+    for (shape, scales, word) in [
+        (vec![1 << 60, 0, 1, 16], vec![1 << 60, 0, 1], "without elements"),
+        (vec![1, 0, 1 << 59, 16], vec![1, 0, 1 << 59], "too large"),
+    ] {
+        let mut tensors = Tensors::new();
+        let module = "model.layers.0.mlp.experts.gate_up_proj";
+        tensors.insert(format!("{module}_blocks"), (Raw::U8, shape, Vec::new()));
+        tensors.insert(format!("{module}_scales"), (Raw::U8, scales, Vec::new()));
+        save(&scratch.join("empty"), r#"{"model_type": "gpt_oss"}"#, &tensors);
+        says(&scratch.join("empty"), &gone, &nv, &["gate_up_proj_blocks", word]);
+    }
+    for (k, word) in [(1 << 63, "too large"), (1 << 60, "without elements")] {
+        let empty = with("empty", &|t| {
+            let module = "model.layers.0.self_attn.q_proj";
+            t.remove(&format!("{module}.weight"));
+            t.insert(format!("{module}.weight_packed"), (Raw::U8, vec![0, k], Vec::new()));
+            t.insert(format!("{module}.weight_scale"), (Raw::U8, vec![0, k / 16], Vec::new()));
+        });
+        says(&empty, &gone, &nv, &["model.layers.0.self_attn.q_proj.weight_packed", word]);
+    }
     let none = with("none", &|t| t.retain(|name, _| !name.contains("_proj")));
     says(&none, &gone, &nv, &["no linears"]);
     let plain = with("plain", &|_| ());

@@ -352,6 +352,68 @@ fn declared_scales_of_inputs_must_be_there() {
     }
 }
 
+/// The `input_scale` of FP8 inputs is amax / 448: six times what NVFP4's would be.
+#[test]
+fn scales_of_other_inputs_are_checked_and_left() {
+    let layer = |algo: &str| {
+        json!({"quant_method": "modelopt", "quant_algo": "MIXED_PRECISION", "quantized_layers":
+        {MODULE: {"quant_algo": algo, "group_size": 16}}})
+    };
+    let other = json!({"num_bits": 8, "type": "float", "dynamic": false});
+    let dynamic = json!({"num_bits": 4, "type": "float", "dynamic": true});
+    let m = modelopt_tensors();
+    let quark = m.clone().without("input_scale").f32("input_scale_2", &[], &[0.5]);
+    let c = compressed_tensors_tensors();
+    let excluded = json!({"quant_method": "modelopt", "quant_algo": "W4A8_NVFP4_FP8", "ignore": ["model.layers.0.*"]});
+    for (tensors, declared, kept) in [
+        (&m, declaration(json!({"quant_method": "modelopt", "quant_algo": "W4A8_NVFP4_FP8"})), false),
+        (&m, declaration(layer("W4A8_NVFP4_FP8")), false),
+        (&m, declaration(layer("NVFP4")), true),
+        (&m, declaration(json!({"quant_method": "modelopt", "quant_algo": "W4A16_NVFP4"})), false),
+        (&m, declaration(json!({"quant_method": "fp8"})), false),
+        (&m, declaration(excluded), true),
+        (&m, Quantization::none(), true),
+        (&m, modelopt(), true),
+        (&quark, declaration(json!({"quant_method": "modelopt", "quant_algo": "W4A8_NVFP4_FP8"})), false),
+        (&c, compressed_tensors(other), false),
+        (&c, compressed_tensors(dynamic), false),
+        (&c, compressed_tensors(json!({"num_bits": 4, "type": "float", "dynamic": "local"})), true),
+    ] {
+        let checkpoint = tensors.open("inputs-other");
+        let stored = checkpoint.stored(MODULE, [N, K], &declared, ScaleOrder::Linear).unwrap();
+        assert_eq!((stored.format, stored.input.is_some()), (Format::Nvfp4, kept), "{declared:?}");
+        assert_eq!(stored.tensors.len(), 4);
+        all_used(&checkpoint, &stored.tensors);
+        let part = &tensors.0[3].0;
+        let broken = tensors.clone().f32(part, &[], &[f32::NAN]).open("inputs-other-bad");
+        let error = broken.stored(MODULE, [N, K], &declared, ScaleOrder::Linear).unwrap_err().to_string();
+        assert!(error.contains(&format!("{MODULE}.{part}: it is NaN")), "{error}");
+    }
+}
+
+#[test]
+fn a_linear_has_elements() {
+    let large = 1 << 60;
+    for shape in [[large, 0], [0, large], [0, 0]] {
+        let blocks = Tensors::new().with("weight", Dtype::F8_E4M3, &shape, &[]).f32(
+            "weight_scale_inv",
+            &[shape[0].div_ceil(128), shape[1].div_ceil(128)],
+            &[],
+        );
+        let nvfp4 = Tensors::new()
+            .with("weight", Dtype::U8, &[shape[0], shape[1] / 2], &[])
+            .with("weight_scale", Dtype::F8_E4M3, &[shape[0], shape[1] / 16], &[])
+            .f32("weight_scale_2", &[], &[1.0]);
+        for tensors in [blocks, nvfp4] {
+            let said = tensors.refused("empty", shape);
+            assert!(
+                said.contains(&format!("{MODULE}.weight: is ")) && said.contains("a linear has elements"),
+                "{said}"
+            );
+        }
+    }
+}
+
 #[test]
 fn nan_and_negative_codes_are_found_by_place() {
     for (byte, what) in [(0x7f, "NaN"), (0xff, "NaN"), (0x80, "negative"), (0xb8, "negative")] {
@@ -532,7 +594,9 @@ fn scales_of_the_cache() {
     let attention = "model.layers.0.self_attn";
     let open = |tensors: &Tensors| tensors.open_below("kv", attention);
     let two = |k: &str, v: &str| Tensors::new().f32(k, &[], &[0.25]).bf16(v, &[1], &[0.5]);
-    for (k, v) in [("k_proj.k_scale", "v_proj.v_scale"), ("k_scale", "v_scale")] {
+    for (k, v) in
+        [("k_proj.k_scale", "v_proj.v_scale"), ("k_scale", "v_scale"), ("k_proj.output_scale", "v_proj.output_scale")]
+    {
         let checkpoint = open(&two(k, v));
         let found = checkpoint.kv_scales(attention).unwrap().unwrap();
         assert_eq!((found.k, found.v), (0.25, 0.5));
@@ -551,6 +615,19 @@ fn scales_of_the_cache() {
     let both = two("k_scale", "v_scale").f32("k_proj.k_scale", &[], &[1.0]).f32("v_proj.v_scale", &[], &[1.0]);
     let error = open(&both).kv_scales(attention).unwrap_err().to_string();
     assert!(error.contains("k_scale: stands beside"), "{error}");
+
+    // AutoFP8's, for both.
+    let one = |value: f32| Tensors::new().f32("kv_scale", &[], &[value]);
+    let checkpoint = open(&one(0.25));
+    let found = checkpoint.kv_scales(attention).unwrap().unwrap();
+    assert_eq!((found.k, found.v, found.tensors.len()), (0.25, 0.25, 1));
+    all_used(&checkpoint, &found.tensors);
+    for bad in [0.0, -1.0, f32::NAN, f32::INFINITY] {
+        let said = open(&one(bad)).kv_scales(attention).unwrap_err().to_string();
+        assert!(said.contains(&format!("{attention}.kv_scale: it is {bad}, but a scale is a finite")), "{said}");
+    }
+    let error = open(&two("k_scale", "v_scale").f32("kv_scale", &[], &[1.0])).kv_scales(attention).unwrap_err();
+    assert!(error.to_string().contains("kv_scale: stands beside"), "{error}");
 }
 
 fn fixture(style: &str) -> PathBuf {

@@ -81,11 +81,21 @@ pub struct Stored<'a> {
     /// NVFP4's f32 of the tensor; FP8's of the tensor or of each row.
     pub row_scales: RowScales,
     /// NVFP4: the calibrated scale of the inputs, in its file's convention. `None`: the file has none, and then it was
-    /// not declared to have one.
+    /// not declared to have one; or the module was declared to have inputs of another kind, whose scale is checked and
+    /// not used.
     pub input: Option<Global>,
     /// Names of all tensors that this took from, for [`Checkpoint::check_all_used`].
     pub tensors: Vec<&'a str>,
 }
+
+/// Names of the scales of a KV cache, of keys and of values: as ModelOpt and compressed-tensors write them; the same
+/// beside the attention; Quark's and older llm-compressor's; AutoFP8's one for both.
+const KV_SCALES: [[&str; 2]; 4] = [
+    ["k_proj.k_scale", "v_proj.v_scale"],
+    ["k_scale", "v_scale"],
+    ["k_proj.output_scale", "v_proj.output_scale"],
+    ["kv_scale", "kv_scale"],
+];
 
 /// The calibrated scales of a layer's KV cache: `amax / 448`, to multiply E4M3 codes by.
 #[derive(Clone, Debug, PartialEq)]
@@ -94,7 +104,7 @@ pub struct KvScales<'a> {
     pub k: f32,
     /// Of the values.
     pub v: f32,
-    /// Names of both tensors, for [`Checkpoint::check_all_used`].
+    /// Names of both tensors, or of the one for both, for [`Checkpoint::check_all_used`].
     pub tensors: Vec<&'a str>,
 }
 
@@ -158,6 +168,9 @@ impl Checkpoint {
             }
         };
         let packed = weight.name.ends_with("_packed");
+        if n == 0 || k == 0 {
+            return Err(fault(&weight, format!("is {} {:?}: a linear has elements", weight.dtype, weight.shape)));
+        }
         let mut stored = match weight.dtype {
             Dtype::Bf16 if !packed => parts.bf16(&weight, [n, k])?,
             Dtype::U8 => parts.fp4(&weight, [n, k], order)?,
@@ -193,19 +206,25 @@ impl Checkpoint {
             let reason = format!("is missing, but the config declares calibrated inputs; {UNCALIBRATED}");
             return Err(Error::tensor(weight.file, json::name(&parts.name(part)), reason));
         }
+        // Where inputs are declared to be something else than calibrated FP4, the scale is another quantity: that of
+        // FP8 inputs (W4A8) is amax / 448.
+        if declared.is_some() && declared != calibrated {
+            stored.input = None;
+        }
         stored.module = module.to_owned();
         Ok(stored)
     }
 
-    /// The scales of the KV cache of an attention (`model.layers.0.self_attn`): `k_proj.k_scale` and `v_proj.v_scale`, or
-    /// `k_scale` and `v_scale`; `None` where the file has none.
+    /// The scales of the KV cache of an attention (`model.layers.0.self_attn`): `k_proj.k_scale` and `v_proj.v_scale`,
+    /// `k_scale` and `v_scale`, `k_proj.output_scale` and `v_proj.output_scale`, or `kv_scale` for both; `None` where the
+    /// file has none.
     ///
     /// # Errors
-    /// If only one of the two is there, if both spellings are, or if one is not a single finite F32 or BF16 above zero.
+    /// If only one of the two is there, if several spellings are, or if one is not a single finite F32 or BF16 above zero.
     pub fn kv_scales(&self, attention: &str) -> Result<Option<KvScales<'_>>> {
         let mut parts = Parts { checkpoint: self, module: attention, tensors: Vec::new() };
         let mut found: Option<KvScales> = None;
-        for (k, v) in [("k_proj.k_scale", "v_proj.v_scale"), ("k_scale", "v_scale")] {
+        for [k, v] in KV_SCALES {
             let (k, v) = match (parts.optional(k), parts.optional(v)) {
                 (None, None) => continue,
                 (Some(k), Some(v)) => (k, v),
@@ -221,7 +240,9 @@ impl Checkpoint {
                     format!("stands beside {}: one cache has one scale", json::name(first.tensors[0])),
                 ));
             }
-            let (k, v) = (parts.scalar(&k, DAMAGED)?, parts.scalar(&v, DAMAGED)?);
+            let k_scale = parts.scalar(&k, DAMAGED)?;
+            let v_scale = if k.name == v.name { k_scale } else { parts.scalar(&v, DAMAGED)? };
+            let (k, v) = (k_scale, v_scale);
             found = Some(KvScales { k, v, tensors: std::mem::take(&mut parts.tensors) });
         }
         Ok(found)

@@ -4,7 +4,7 @@ use super::{Usage, terminal};
 use clap::ValueEnum;
 use fourfold::checkpoint::{Checkpoint, Mapping, ScaleOrder};
 use fourfold::device::gpu;
-use fourfold::{Activations, CacheFormat, DeviceChoice, Engine, HostStages};
+use fourfold::{Activations, CacheFormat, DeviceChoice, Engine, EngineBuilder, HostStages};
 use std::path::PathBuf;
 
 /// What computes, and with which weights.
@@ -159,16 +159,27 @@ impl EngineArgs {
 
     /// The checkpoint itself.
     pub(super) fn checkpoint(&self) -> anyhow::Result<Checkpoint> {
-        let mapping = if self.no_mmap { Mapping::Read } else { Mapping::Mmap };
         Ok(match &self.model {
-            Some(dir) => fourfold::synth::open(dir, mapping)?,
+            Some(dir) => fourfold::synth::open(dir, self.mapping())?,
             None => fourfold::default_checkpoint()?,
         })
     }
 
-    /// With a context of at least `tokens`, unless the user chose one.
+    /// With a context for `tokens`, unless the user chose one or there is room for as many anyway.
     pub(super) fn with_room(&self, tokens: usize) -> Self {
-        Self { context: self.context.or(Some(tokens.max(fourfold::DEFAULT_CONTEXT))), ..self.clone() }
+        let wanted = (tokens > fourfold::DEFAULT_CONTEXT).then_some(tokens);
+        Self { context: self.context.or(wanted), ..self.clone() }
+    }
+
+    /// How files are read.
+    pub(super) fn mapping(&self) -> Mapping {
+        if self.no_mmap { Mapping::Read } else { Mapping::Mmap }
+    }
+
+    /// How files are read and how keys and values are kept: what a model and its reference have in common.
+    pub(super) fn files_and_cache(&self, builder: EngineBuilder) -> EngineBuilder {
+        let order = scale_order(self.swizzled_scales);
+        builder.mapping(self.mapping()).cache(self.kv.format()).scale_order(order)
     }
 
     pub(super) fn load(&self, device: DeviceChoice, quiet: bool) -> anyhow::Result<Engine> {
@@ -179,12 +190,10 @@ impl EngineArgs {
     pub(super) fn load_with_host(&self, device: DeviceChoice, host: &[HostArg], quiet: bool) -> anyhow::Result<Engine> {
         let bar = terminal::loading(quiet);
         let shown = bar.clone();
-        let mut builder = Engine::builder()
+        let mut builder = self
+            .files_and_cache(Engine::builder())
             .device(device)
-            .mapping(if self.no_mmap { Mapping::Read } else { Mapping::Mmap })
-            .cache(self.kv.format())
             .activations(self.activations.activations())
-            .scale_order(scale_order(self.swizzled_scales))
             .host(HostStages {
                 routing: host.contains(&HostArg::Routing),
                 scatter: host.contains(&HostArg::Scatter),

@@ -5,7 +5,7 @@ use super::engine::EngineArgs;
 use super::quantize::{bar, read_text};
 use super::terminal::{self, Paint};
 use super::trace::note_fallback;
-use fourfold::checkpoint::{Checkpoint, Mapping};
+use fourfold::checkpoint::Checkpoint;
 use fourfold::eval::{self, Against, Comparison, Options, Progress, Report, Score};
 use fourfold::trace::file::TraceFile;
 use fourfold::{DeviceChoice, Engine};
@@ -40,7 +40,7 @@ pub(super) struct Args {
     /// Only the first N tokens of the text
     #[arg(long, value_name = "N")]
     max_tokens: Option<usize>,
-    /// Also run this checkpoint, and say how far the model is from it
+    /// Also run this checkpoint, and say how far the model is from it. --kv, --no-mmap and --swizzled-scales hold for both; --activations, --chunk and --host for the model alone
     #[arg(long, value_name = "DIR", conflicts_with = "reference_trace")]
     reference: Option<PathBuf>,
     /// Take the reference's logits from a trace of the text's first tokens, recorded without --stats
@@ -65,7 +65,8 @@ pub(super) fn eval(args: &Args) -> anyhow::Result<Ending> {
         note_fallback(&engine);
     }
     let lead = eval::leading_token(&args.engine.checkpoint()?, engine.tokenizer()?)?;
-    let reference = args.reference.as_deref().map(|dir| load_reference(dir, &engine, args.quiet)).transpose()?;
+    let reference =
+        args.reference.as_deref().map(|dir| load_reference(dir, &args.engine, &engine, args.quiet)).transpose()?;
     let against = match (&reference, &trace) {
         (Some(engine), _) => Against::Engine(engine),
         (None, Some(trace)) => Against::Trace(trace),
@@ -92,13 +93,14 @@ pub(super) fn eval(args: &Args) -> anyhow::Result<Ending> {
     Ok(Ending::Done)
 }
 
-/// The reference on the model's device, with the same context.
-fn load_reference(dir: &Path, engine: &Engine, quiet: bool) -> anyhow::Result<Engine> {
+/// The reference on the model's device, with the same context, the same kind of cache, and its files read the same way.
+fn load_reference(dir: &Path, args: &EngineArgs, engine: &Engine, quiet: bool) -> anyhow::Result<Engine> {
     // Opened first, so that a mistake is told before anything is loaded.
-    Checkpoint::open(dir, Mapping::Mmap)?;
+    Checkpoint::open(dir, args.mapping())?;
     let loading = terminal::loading(quiet);
     let shown = loading.clone();
-    let builder = Engine::builder()
+    let builder = args
+        .files_and_cache(Engine::builder())
         .checkpoint(dir)
         .device(DeviceChoice::Own(engine.device().clone()))
         .context(engine.context())

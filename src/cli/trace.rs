@@ -23,8 +23,8 @@ Then `fourfold diff a.safetensors b.safetensors`. docs/outside-traces.md has the
 
 Where the checkpoint has calibrated scales of inputs (input_scale), the run's inputs are held against them: calibration \
 saw up to 2688 x input_scale. More than twice that is a warning. Rows before experts with scales of their own go by the \
-expert that they are routed to; with --stats, or without the stage mlp.router.experts, by the least. So do linears that \
-share an input.";
+expert that they are routed to; with --stats, or without the stage mlp.router.experts, by the largest, and the ratio is \
+at least what is shown. Linears that share an input go by the least.";
 
 #[derive(clap::Args)]
 #[command(after_help = EXAMPLES)]
@@ -127,12 +127,16 @@ fn against_calibration(trace: &TraceFile, list: bool) -> anyhow::Result<()> {
     if list {
         table(&all)?;
     }
-    let (clipped, blocks) = all.iter().filter_map(|m| m.clipped).fold((0, 0), |(c, b), (x, y)| (c + x, b + y));
+    let (clipped, blocks) = all
+        .iter()
+        .filter_map(|m| m.clipped)
+        .fold((0u64, 0u64), |(c, b), (x, y)| (c.saturating_add(x), b.saturating_add(y)));
     let share =
         if blocks > 0 { format!("; {} of all blocks clipped", percent(clipped, blocks)) } else { String::new() };
     let more = if list { "" } else { " (--scales: all)" };
     terminal::note(&format!(
-        "inputs up to {} times what calibration saw, at {}{share}{more}",
+        "inputs up to {}{} times what calibration saw, at {}{share}{more}",
+        at_least(most),
         ratio(most.ratio),
         most.stage
     ));
@@ -157,7 +161,7 @@ fn warning(m: &Measured) -> String {
     });
     let what = match m.ratio.is_nan() {
         true => "holds NaN or infinity.".to_owned(),
-        false => format!("is {} times larger than calibration ever saw.", ratio(m.ratio)),
+        false => format!("is {}{} times larger than calibration ever saw.", at_least(m), ratio(m.ratio)),
     };
     let look = match norm {
         Some(gain) => format!("check that the norm's gain ({gain}) is loaded and applied"),
@@ -166,15 +170,20 @@ fn warning(m: &Measured) -> String {
     format!("{place}{what}\nThe wrong value is upstream: {look}.")
 }
 
+fn at_least(m: &Measured) -> &'static str {
+    if m.is_lower_bound() { "at least " } else { "" }
+}
+
 fn table(all: &[Measured]) -> io::Result<()> {
     let row = |m: &Measured| {
         let of = match m.scale_of {
             ScaleOf::Stage => "the stage".to_owned(),
             ScaleOf::Expert(expert) => format!("expert {expert}"),
-            ScaleOf::LeastOf(n) => format!("least of {n} experts"),
+            ScaleOf::LargestOf(n) => format!("largest of {n} experts"),
         };
+        let bound = if m.is_lower_bound() && !m.ratio.is_nan() { "≥ " } else { "" }.to_owned();
         let clipped = m.clipped.map_or("-".to_owned(), |(clipped, blocks)| percent(clipped, blocks));
-        vec![m.stage.clone(), magnitude(m.amax), magnitude(m.amax_calibrated()), ratio(m.ratio), of, clipped]
+        vec![m.stage.clone(), magnitude(m.amax), magnitude(m.amax_calibrated()), bound + &ratio(m.ratio), of, clipped]
     };
     let rows: Vec<Vec<String>> = all.iter().map(row).collect();
     let head = ["stage", ">amax", ">calibrated", ">ratio", "scale of", ">clipped"];

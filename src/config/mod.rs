@@ -95,8 +95,6 @@ pub struct Config {
     pub eos_token_id: Vec<u32>,
     /// The token that begins a text.
     pub bos_token_id: Option<u32>,
-    /// The token that fills up batches in training.
-    pub pad_token_id: Option<u32>,
     /// What the checkpoint declares about the formats of its weights. The tensors themselves have the last word.
     pub quantization: Quantization,
 }
@@ -265,7 +263,6 @@ impl Config {
             tie_word_embeddings: keys.bool("tie_word_embeddings")?.unwrap_or(false),
             eos_token_id: keys.tokens("eos_token_id", vocab_size)?.unwrap_or_default(),
             bos_token_id: keys.token("bos_token_id", vocab_size)?,
-            pad_token_id: keys.token("pad_token_id", vocab_size)?,
             quantization,
         })
     }

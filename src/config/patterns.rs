@@ -83,6 +83,16 @@ impl Names {
     /// The number of the entry that fits a linear module best: its exact name, then its nearest parent's, then the
     /// first glob, the first pattern, the class. The error says which pattern was given up.
     pub(super) fn find(&self, module: &str) -> Result<Option<usize>, String> {
+        self.search(module, |slow| Err(format!("the pattern {slow:?} takes too long on {module:?}")))
+    }
+
+    /// As [`Names::find`], but a pattern that takes too long fits nothing, and those after it are tried.
+    pub(super) fn find_in_time(&self, module: &str) -> Option<usize> {
+        self.search(module, |_| Ok(())).unwrap_or_default()
+    }
+
+    /// `give_up` is asked whether the search ends at a pattern that takes too long.
+    fn search(&self, module: &str, give_up: impl Fn(&str) -> Result<(), String>) -> Result<Option<usize>, String> {
         let names = || {
             let parents = module.rmatch_indices('.').map(|(dot, _)| &module[..dot]);
             std::iter::once(module).chain(parents.filter(|_| self.reach == Reach::OwnAndParents))
@@ -98,7 +108,7 @@ impl Names {
             match regex.is_match(module) {
                 Ok(true) => return Ok(Some(*number)),
                 Ok(false) => {}
-                Err(_) => return Err(format!("the pattern {:?} takes too long on {module:?}", regex.as_str())),
+                Err(_) => give_up(regex.as_str())?,
             }
         }
         Ok(self.linear)

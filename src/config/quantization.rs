@@ -96,9 +96,13 @@ impl Quantization {
     }
 
     /// What is declared for a module (`model.layers.0.mlp.experts.3.gate_proj`); `None` where it is excluded or nothing
-    /// is. A pattern of the file that takes too long on this name counts as not fitting: see [`Quantization::resolve`].
+    /// is. A pattern of the file that takes too long on this name counts as not fitting it, and all others are still
+    /// considered: see [`Quantization::resolve`].
     pub fn declared(&self, module: &str) -> Option<&Scheme> {
-        self.resolve(module).unwrap_or_else(|_| self.default.map(|i| &self.schemes[i]))
+        match self.excluded.find_in_time(module) {
+            Some(_) => None,
+            None => self.targets.find_in_time(module).or(self.default).map(|i| &self.schemes[i]),
+        }
     }
 
     /// Like [`Quantization::declared`], for those who must know.

@@ -72,7 +72,6 @@ fn fixtures_have_the_values_of_their_files() {
             tie_word_embeddings: false,
             eos_token_id: vec![501],
             bos_token_id: None,
-            pad_token_id: Some(502),
             quantization: odd.quantization.clone(),
         }
     );
@@ -192,6 +191,10 @@ fn optional_keys_and_aliases() {
     assert_eq!((config.eos_token_id, config.num_experts_per_tok), (vec![1, 2], 4));
     assert!(config.tie_word_embeddings);
     assert!(with(json!({"eos_token_id": null})).unwrap().eos_token_id.is_empty());
+    // Published files have -1 and the size of the vocabulary here. Nothing reads it.
+    for unused in [json!(-1), json!(512), json!(1u64 << 40), json!("none")] {
+        with(json!({"pad_token_id": unused})).unwrap();
+    }
 }
 
 #[test]

@@ -86,17 +86,9 @@ impl<'a> Loader<'a> {
         let tables = self.checkpoint.tensors().map(|t| t.name).filter(|name| name.ends_with(".rotary_emb.inv_freq"));
         self.used.extend(tables.map(str::to_owned));
         self.checkpoint.check_all_used(&self.used)?;
-        if found.linears.iter().all(|(f, ..)| *f != Format::Nvfp4) {
-            if self.plan.activations != Activations::F32 {
-                let reason = "quantised activations go with NVFP4 weights, and this checkpoint has none: use \"f32\"";
-                return Err(Error::option("activations", reason));
-            }
-            if self.plan.scale_order == ScaleOrder::Swizzled {
-                return Err(Error::option(
-                    "swizzled-scales",
-                    "this checkpoint has no NVFP4 weights whose scales could be",
-                ));
-            }
+        if self.plan.activations != Activations::F32 && found.linears.iter().all(|(f, ..)| *f != Format::Nvfp4) {
+            let reason = "quantised activations go with NVFP4 weights, and this checkpoint has none: use \"f32\"";
+            return Err(Error::option("activations", reason));
         }
         Ok(())
     }

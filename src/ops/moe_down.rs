@@ -39,7 +39,7 @@ impl Program {
         for part in &down.weight.parts {
             let (format, input) = (down.weight.format, x.format());
             let op = MoeDown { format, input, k, d, a, e: down.weight.experts, first: part.first, count: part.count };
-            let launch = Launch::new(Op::MoeDown(op), &KERNEL, [d.div_ceil(8), self.tokens * a, 1])
+            let launch = Launch::new(Op::MoeDown(op), &KERNEL, [d.div_ceil(16), self.tokens * a, 1])
                 .constant("K", k)
                 .constant("D", d)
                 .constant("FIRST", op.first)

@@ -268,7 +268,8 @@ fn find<'a>(source: &'a Checkpoint, view: TensorView<'a>, is_gpt_oss: bool) -> R
         view.expect(Dtype::U8, view.shape)?;
         scales.expect(scales.dtype, &[count, n, blocks])?;
         check_e8m0(&scales)?;
-        return linear(module, Layout::Mxfp4(scales), count, n, blocks * mxfp4::BLOCK, true);
+        let k = times(&view, blocks, mxfp4::BLOCK)?;
+        return linear(module, Layout::Mxfp4(scales), count, n, k, true);
     }
     if let Some(module) = name.strip_suffix("_scales").filter(|m| is_gpt_oss && fused_module(m).is_some())
         && beside(format!("{module}_blocks")).is_some()
@@ -284,13 +285,13 @@ fn find<'a>(source: &'a Checkpoint, view: TensorView<'a>, is_gpt_oss: bool) -> R
         let [n, half] = *view.shape else {
             return Err(fault(&view, format!("has shape {:?}; MXFP4 codes are [N, K/2]", view.shape)));
         };
-        let blocks = half / mxfp4::BLOCK_BYTES;
+        let (k, blocks) = (times(&view, half, 2)?, half / mxfp4::BLOCK_BYTES);
         if !half.is_multiple_of(mxfp4::BLOCK_BYTES) {
-            return Err(fault(&view, format!("has rows of {} elements, no multiple of 32", half * 2)));
+            return Err(fault(&view, format!("has rows of {k} elements, no multiple of 32")));
         }
         scales.expect(scales.dtype, &[n, blocks])?;
         check_e8m0(&scales)?;
-        return linear(module, Layout::Mxfp4(scales), 1, n, half * 2, false);
+        return linear(module, Layout::Mxfp4(scales), 1, n, k, false);
     }
     if let Some(module) = name.strip_suffix(".weight_scale").filter(|_| matches!(view.dtype, Dtype::U8 | Dtype::F8E8M0))
         && beside(format!("{module}.weight_packed")).is_some()
@@ -317,9 +318,19 @@ fn fused_module(name: &str) -> Option<&str> {
     (name.starts_with(LAYERS) && matches!(own, "gate_up_proj" | "down_proj")).then_some(name)
 }
 
+/// The elements of a row of `units` bytes or blocks. A tensor without rows may claim any number of them.
+fn times(view: &TensorView, units: usize, each: usize) -> Result<usize> {
+    let too_large = || fault(view, format!("has shape {:?}, too large for this machine's addresses", view.shape));
+    units.checked_mul(each).ok_or_else(too_large)
+}
+
 /// What can be known of a linear before it is read.
 fn check(linear: &Linear, options: &Options) -> Result<()> {
     let Matrix { view, k, layout, .. } = &linear.matrix;
+    // No bytes are no limit: the other dimensions may be anything.
+    if view.shape.contains(&0) {
+        return Err(fault(view, format!("has shape {:?}: a linear without elements cannot be quantised", view.shape)));
+    }
     if matches!(layout, Layout::Mxfp4(_)) && options.format != Format::Nvfp4 {
         return Err(fault(view, "is MXFP4 already: only the format nvfp4 takes it"));
     }

@@ -7,6 +7,7 @@
 use std::collections::BTreeMap;
 
 use super::file::{TraceFile, Values, split_layer};
+use crate::checkpoint::json;
 use crate::error::{Error, Result};
 use crate::format::nvfp4;
 use crate::model::InputScale;
@@ -31,7 +32,8 @@ pub struct Measured {
     pub scale_of: ScaleOf,
     /// That scale.
     pub input_scale: f32,
-    /// The largest `amax / 2688 / input_scale` of a row; NaN where a row is no number.
+    /// The largest `amax / 2688 / input_scale` of a row, or of what may be more ([`Measured::is_lower_bound`]); NaN where a
+    /// row is no number.
     pub ratio: f32,
     /// How many blocks were clipped while they were quantised, of how many. `None`: f32 rows, or a trace of statistics.
     pub clipped: Option<(u64, u64)>,
@@ -44,14 +46,19 @@ pub enum ScaleOf {
     Stage,
     /// That of the expert that the row was routed to.
     Expert(usize),
-    /// The least of so many experts': the trace does not say where rows went.
-    LeastOf(usize),
+    /// The largest of so many experts': the trace does not say where rows went, and the ratio is a lower bound.
+    LargestOf(usize),
 }
 
 impl Measured {
     /// The largest magnitude that calibration saw.
     pub fn amax_calibrated(&self) -> f32 {
         nvfp4::MAX * self.input_scale
+    }
+
+    /// Whether the ratio may be larger than `ratio`, because it is not known which expert's scale belongs to which row.
+    pub fn is_lower_bound(&self) -> bool {
+        matches!(self.scale_of, ScaleOf::LargestOf(_))
     }
 
     /// Whether the input is none that calibration can have seen.
@@ -81,6 +88,9 @@ fn expert(module: &str) -> Option<usize> {
 }
 
 /// Every stage of a trace that has calibrated scales, in the order of execution. Empty where the metadata have none.
+///
+/// # Errors
+/// If the metadata are no scales, if a tensor cannot be read, or if a row of `mlp.up` is not as many parts as experts.
 pub fn measure(trace: &TraceFile) -> Result<Vec<Measured>> {
     let Some(text) = trace.metadata(KEY) else { return Ok(Vec::new()) };
     let all: BTreeMap<String, Scales> = serde_json::from_str(text).map_err(|e| {
@@ -92,9 +102,11 @@ pub fn measure(trace: &TraceFile) -> Result<Vec<Measured>> {
 }
 
 fn measure_stage(trace: &TraceFile, stage: &str, scales: &Scales) -> Result<Option<Measured>> {
-    let of = if scales.len() == 1 { ScaleOf::Stage } else { ScaleOf::LeastOf(scales.len()) };
-    let least = scales.iter().flatten().copied().min_by(f32::total_cmp);
-    let Some(least) = least.filter(|scale| *scale > 0.0) else { return Ok(None) };
+    // An input goes to some of the experts. Against the largest scale no healthy model is suspicious; against a lesser
+    // one, of an expert that the input may not have gone to, many would be.
+    let of = if scales.len() == 1 { ScaleOf::Stage } else { ScaleOf::LargestOf(scales.len()) };
+    let largest = scales.iter().flatten().copied().max_by(f32::total_cmp);
+    let Some(largest) = largest.filter(|scale| *scale > 0.0) else { return Ok(None) };
     let measured = |amax: f32, scale_of, input_scale: f32| Measured {
         stage: stage.to_owned(),
         amax,
@@ -110,7 +122,7 @@ fn measure_stage(trace: &TraceFile, stage: &str, scales: &Scales) -> Result<Opti
             false => least.abs().max(most.abs()),
         };
         let amax = steps.iter().map(|s| step(s.stats)).max_by(f32::total_cmp);
-        return Ok(amax.map(|amax| measured(amax, of, least)));
+        return Ok(amax.map(|amax| measured(amax, of, largest)));
     }
     let values = trace.tensor(stage)?;
     let Values::F32(numbers) = &values.values else { return Ok(None) };
@@ -118,6 +130,10 @@ fn measure_stage(trace: &TraceFile, stage: &str, scales: &Scales) -> Result<Opti
     // A row holds one input of each of a token's experts, or one that they share.
     let a = routes.as_ref().map_or(1, |(_, a)| *a);
     let parts = if stage.ends_with(".mlp.up") { a } else { 1 };
+    if values.width == 0 || parts == 0 || !values.width.is_multiple_of(parts) {
+        let reason = format!("has rows of {} numbers, which are not whole parts for {parts} experts", values.width);
+        return Err(Error::tensor(trace.path().display().to_string(), json::name(stage), reason));
+    }
     let mut worst: Option<Measured> = None;
     let mut amax_of_all = 0f32;
     for (row, numbers) in numbers.chunks_exact(values.width).enumerate() {
@@ -130,7 +146,7 @@ fn measure_stage(trace: &TraceFile, stage: &str, scales: &Scales) -> Result<Opti
                 Some(measured(amax, ScaleOf::Expert(expert), (*scales.get(expert)?)?))
             };
             let found = match &routes {
-                None => Some(measured(amax, of, least)),
+                None => Some(measured(amax, of, largest)),
                 Some((experts, a)) => {
                     let slots = &experts[row * a..][..*a];
                     let slots = if parts > 1 { &slots[slot..=slot] } else { slots };
@@ -171,7 +187,7 @@ fn clipped(trace: &TraceFile, stage: &str, width: usize) -> Result<Option<(u64, 
         let clipped: f64 = pairs.as_chunks::<2>().0.iter().map(|[_, clipped]| f64::from(*clipped)).sum();
         let blocks = (pairs.len() / 2 * (k / nvfp4::BLOCK)) as u64;
         let (so_far, of) = sum.unwrap_or_default();
-        sum = Some((so_far + clipped as u64, of + blocks));
+        sum = Some((so_far.saturating_add(clipped as u64), of.saturating_add(blocks)));
     }
     Ok(sum)
 }

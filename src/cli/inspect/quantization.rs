@@ -34,7 +34,8 @@ impl Linears {
             if module.ends_with("embed_tokens") {
                 continue;
             }
-            let k = if view.dtype == Dtype::U8 { 2 * k } else { *k };
+            let per_byte = if view.dtype == Dtype::U8 { 2 } else { 1 };
+            let Some(k) = k.checked_mul(per_byte) else { continue };
             let Ok(stored) = checkpoint.stored(module, [*n, k], &config.quantization, order) else { continue };
             let declared = config.quantization.declared(module);
             if !fits(declared, stored.format) {

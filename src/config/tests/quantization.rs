@@ -324,4 +324,18 @@ fn a_pattern_that_takes_too_long_is_an_error() {
     let error = q.resolve(&module).unwrap_err().to_string();
     assert!(error.starts_with("config.json: quantization: the pattern ") && error.contains("too long"), "{error}");
     assert_eq!(q.declared("b"), Some(&Scheme::Fp8));
+
+    // It fits nothing then, and the lists' other patterns still count.
+    let slow = r"re:(a)(?:\1?){4000000000}";
+    let listed = |ignore: Value, targets: Value| {
+        let block = json!({"quant_method": "compressed-tensors", "ignore": ignore,
+            "config_groups": {"g": group(json!({"num_bits": 8, "type": "float"}), json!(null), targets)}});
+        let q = read(&block).unwrap();
+        q.resolve(&module).unwrap_err();
+        q.declared(&module).cloned()
+    };
+    assert_eq!(listed(json!([slow]), json!(["Linear"])), Some(Scheme::Fp8));
+    assert_eq!(listed(json!([slow, "re:a+$"]), json!(["Linear"])), None);
+    assert_eq!(listed(json!([]), json!([slow, "re:a+$"])), Some(Scheme::Fp8));
+    assert_eq!(listed(json!([slow]), json!(["re:b"])), None);
 }

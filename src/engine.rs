@@ -155,19 +155,32 @@ impl EngineBuilder {
 
 /// The device, and why it is the CPU if `auto` chose that. A GPU must first answer a few questions whose answers are known.
 fn open_device(choice: &DeviceChoice) -> Result<(Arc<dyn Device>, Option<String>)> {
-    let admitted = |device: Arc<dyn Device>| oracle::admit(&device).map(|()| device);
     Ok(match choice {
-        DeviceChoice::Own(device) => (admitted(device.clone())?, None),
+        DeviceChoice::Own(device) => (oracle::admit(device).map(|()| device.clone())?, None),
         DeviceChoice::Cpu => (Arc::new(Cpu::default()), None),
-        DeviceChoice::Gpu(options) => (admitted(Arc::new(gpu::Gpu::open(options)?))?, None),
+        DeviceChoice::Gpu(options) => (admitted(gpu::Gpu::open(options)?, options)?, None),
         DeviceChoice::Auto => {
-            let opened = gpu::Gpu::open_hardware();
-            match opened.and_then(|gpu| admitted(Arc::new(gpu)).map_err(|e| e.to_string())) {
+            let opened = gpu::Gpu::open_hardware().and_then(|gpu| {
+                let options = gpu::Options { adapter: Some(gpu.facts().name.clone()), ..Default::default() };
+                admitted(gpu, &options).map_err(|e| e.to_string())
+            });
+            match opened {
                 Ok(gpu) => (gpu, None),
                 Err(why) => (Arc::new(Cpu::default()), Some(format!("no GPU: {why}; running on the CPU"))),
             }
         }
     })
+}
+
+/// The GPU, if it knows its answers: with FP4 codes by a table where it flushes the subnormal halves that are faster.
+fn admitted(gpu: gpu::Gpu, options: &gpu::Options) -> Result<Arc<dyn Device>> {
+    let device: Arc<dyn Device> = Arc::new(gpu);
+    let Err(refused) = oracle::admit(&device) else { return Ok(device) };
+    if options.table_decode {
+        return Err(refused);
+    }
+    let device: Arc<dyn Device> = Arc::new(gpu::Gpu::open(&gpu::Options { table_decode: true, ..options.clone() })?);
+    oracle::admit(&device).map(|()| device).map_err(|_| refused)
 }
 
 /// A model's weights on a device. Cheap to clone, safe to share between threads; nothing in it is global.

@@ -24,7 +24,13 @@ pub fn gpus() -> &'static [Named] {
         let plain = gpu::Options { adapter: std::env::var("FOURFOLD_TEST_ADAPTER").ok(), ..Default::default() };
         let no_subgroups = gpu::Options { without_subgroups: true, ..plain.clone() };
         let checked = gpu::Options { checked_shaders: true, ..plain.clone() };
-        let variants = [("gpu", plain), ("gpu without subgroups", no_subgroups), ("gpu, checked shaders", checked)];
+        let table = gpu::Options { table_decode: true, ..plain.clone() };
+        let variants = [
+            ("gpu", plain),
+            ("gpu without subgroups", no_subgroups),
+            ("gpu, checked shaders", checked),
+            ("gpu, codes by a table", table),
+        ];
         let mut found: Vec<Named> = Vec::new();
         for (name, options) in variants {
             match Gpu::open(&options) {

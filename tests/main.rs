@@ -14,6 +14,7 @@ mod kernels; // every kernel x shape x slot filling against its twin; bits indep
 mod models; // tiny checkpoints: GPU = twins = golden of other people's code
 mod mutator; // breaks checkpoints for `checkpoint`
 mod oracle; // known answers: every device right, every wrong device noticed; the trace that transformers recorded
+mod producers; // one model as several producers write it, from end to end
 mod quantize; // FP4 checkpoints that are made: names, bytes, exact casts, errors
 mod shaders; // all slot fillings compose, validate, translate; Rust and WGSL agree on bindings (no GPU needed)
 mod stored; // weights with their scales: every producer's tensors, every broken scale an error

@@ -54,6 +54,7 @@ pub(super) struct Loader<'a> {
     found: Found,
     buffers: Vec<Buffer>,
     done: u64,
+    total: u64,
     progress: &'a mut dyn FnMut(Progress),
 }
 
@@ -66,8 +67,20 @@ impl<'a> Loader<'a> {
         progress: &'a mut dyn FnMut(Progress),
     ) -> Self {
         let (used, found) = (HashSet::new(), Found::default());
-        let rehearsing = false;
-        Self { config, checkpoint, device, plan, rehearsing, used, found, buffers: Vec::new(), done: 0, progress }
+        let (rehearsing, total) = (false, checkpoint.total_bytes());
+        Self {
+            config,
+            checkpoint,
+            device,
+            plan,
+            rehearsing,
+            used,
+            found,
+            buffers: Vec::new(),
+            done: 0,
+            total,
+            progress,
+        }
     }
 
     /// For a device that keeps nothing.
@@ -110,7 +123,7 @@ impl<'a> Loader<'a> {
     fn use_tensor(&mut self, name: &str) -> Result<()> {
         self.done += self.checkpoint.tensor(name)?.bytes.len() as u64;
         self.used.insert(name.to_owned());
-        (self.progress)(Progress { done_bytes: self.done, total_bytes: self.checkpoint.total_bytes() });
+        (self.progress)(Progress { done_bytes: self.done, total_bytes: self.total });
         Ok(())
     }
 

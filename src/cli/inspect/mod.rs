@@ -72,7 +72,7 @@ pub(super) struct Args {
 pub(super) fn inspect(args: &Args) -> anyhow::Result<Ending> {
     let mapping = if args.no_mmap { Mapping::Read } else { Mapping::Mmap };
     let checkpoint = match &args.dir {
-        Some(dir) => Checkpoint::open(dir, mapping)?,
+        Some(dir) => fourfold::synth::open(dir, mapping)?,
         None => fourfold::default_checkpoint()?,
     };
     let mut report =

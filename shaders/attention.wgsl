@@ -1,130 +1,157 @@
-// attention: each query head over the visible keys of its sequence, with or without a learned sink.
+// attention: query heads over the visible keys of their sequence, with or without a learned sink.
 //
 //   s_j      = q . k_j / sqrt(DH)          j <= position, and position - j < WINDOW
 //   a[t,h]   = sum_j e^(s_j - m) v_j / (e^(sink_h - m) + sum_j e^(s_j - m)),    m = max(sink_h, max_j s_j)
 //
-// grid      H x T workgroups, one per query head and row
+// grid      H / HEADS x ROWS x segments workgroups: HEADS query heads that share keys, of one row, over one segment
 // in        rows    Row   [T]
 //           qkv     f32   [T, (H + 2 HK) DH]       rotated queries first
-//           keys    slot  [S, CAPACITY, HK DH]     row `position mod CAPACITY`
-//           values  slot  [S, CAPACITY, HK DH]
+//           keys    slot  [.., PAGE, HK DH]        by the sequence's pages
+//           values  slot  [.., PAGE, HK DH]
+//           pages   u32   [S, PAGES]
 //           sinks   slot  [H]
-// out       a       f32   [T, H DH]
-// override  H, HK, DH, CAPACITY, WINDOW            WINDOW 0: every earlier key is visible
-// slots     cache, sink
-// requires  DH a multiple of 4 and at most 256; H a multiple of HK
+// out       a       slot  [T, H DH], or each segment's part of it
+// override  H, HK, DH, PAGE, PAGES, WINDOW, HEADS, FIRST; WINDOW 0: every earlier key is visible; FIRST: the first row
+// slots     cache, sink, result
+// requires  DH a multiple of 4 and at most 256; H a multiple of HK, H / HK of HEADS, HEADS at most 8
 // twin      src/ops/attention.rs
 //
-// Keys come in tiles of 256 counted from the first visible one, so the order of every sum follows from the position
-// alone. Each lane scores one key of the tile. Then four teams of 64 lanes take a quarter of the tile each, and a lane up
-// to four of the DH outputs; the teams' sums meet at the end, in order.
+// Keys come in tiles of 128 counted from the first visible one, so the order of every sum follows from the position
+// alone. Each lane scores one key of the tile for all heads. Then teams of DH/4 lanes take a share of the tile each, and a
+// lane four of the DH outputs of every head; the teams' sums meet at the end, in order.
 #import row
+#import pages
 #import cache
-#import sink
 #import exp
+#import segments
+#import result
 override H: u32;
 override HK: u32;
 override DH: u32;
-override CAPACITY: u32;
 override WINDOW: u32;
-const WG = 256u;
-const TEAM = 64u;
-const TEAMS = 4u;
-const OWN = 4u;
+override HEADS: u32;
+override FIRST: u32;
+const MOST = 8u;
+const SHARES = 16u;
 @group(0) @binding(0) var<storage, read> rows: array<Row>;
 @group(0) @binding(1) var<storage, read> qkv: array<vec4<f32>>;
-@group(0) @binding(5) var<storage, read_write> a: array<f32>;
 
-var<workgroup> scores: array<f32, WG>;
-var<workgroup> meeting: array<f32, WG>;
+var<workgroup> query: array<vec4<f32>, MOST * 64u>;
+var<workgroup> weights: array<f32, MOST * KEYS>;
+var<workgroup> meeting: array<vec4<f32>, KEYS>;
+// Of each head, over the tiles so far: the largest score, the sum of weights, and what the last tile shrank them by.
+var<workgroup> largest: array<f32, MOST>;
+var<workgroup> total: array<f32, MOST>;
+var<workgroup> shrink: array<f32, MOST>;
 
-@compute @workgroup_size(WG)
+fn dot4(a: vec4<f32>, b: vec4<f32>, sum: f32) -> f32 {
+    return fma(a.w, b.w, fma(a.z, b.z, fma(a.y, b.y, fma(a.x, b.x, sum))));
+}
+
+@compute @workgroup_size(KEYS)
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) lane: u32) {
-    let h = group.x;
-    let t = group.y;
+    let quads = DH / 4u;
+    let t = FIRST + group.y;
     let row = rows[t];
-    let kv_head = h / (H / HK);
-    let q = (t * (H + 2u * HK) + h) * (DH / 4u);
-    let base = row.sequence * CAPACITY;
-    let end = row.position + 1u;
-    var start = 0u;
-    if WINDOW > 0u && end > WINDOW {
-        start = end - WINDOW;
+    let head = group.x * HEADS;
+    let kv_head = head / (H / HK);
+    let begin = first_key(row.position);
+    let share = share_of(group.z, row.position + 1u - begin);
+    let first = begin + share.x;
+    let last = begin + share.y;
+    for (var i = lane; i < HEADS * quads; i += KEYS) {
+        query[i] = qkv[(t * (H + 2u * HK) + head) * quads + i];
     }
-    var m = opening(h).x;
-    var total = opening(h).y; // besides the team's keys
-    var team_total = 0.0;
-    var sums: array<f32, OWN>;
-    let team = lane / TEAM;
-    let place = lane % TEAM;
-    for (var tile = start; tile < end; tile += WG) {
+    if lane < HEADS {
+        largest[lane] = -3.0e38;
+        total[lane] = 0.0;
+    }
+    let team = lane / quads;
+    let teams = KEYS / quads;
+    let quad = lane % quads;
+    let each = (KEYS + teams - 1u) / teams;
+    // Lanes that look at one head's scores together.
+    let looked = lane / SHARES;
+    let place = lane % SHARES;
+    var sums: array<vec4<f32>, MOST>;
+    for (var tile = first; tile < last; tile += KEYS) {
+        workgroupBarrier(); // queries are there, or all lanes are done with the tile before
         let j = tile + lane;
-        var score = -3.0e38; // keys past the end weigh e^-inf = 0
-        if j < end {
-            let k = ((base + j % CAPACITY) * HK + kv_head) * DH;
-            var dot = 0.0;
-            for (var i = 0u; i < DH / 4u; i++) {
-                let qi = qkv[q + i];
-                let ki = key4(k + i * 4u);
-                dot = fma(qi.x, ki.x, dot);
-                dot = fma(qi.y, ki.y, dot);
-                dot = fma(qi.z, ki.z, dot);
-                dot = fma(qi.w, ki.w, dot);
-            }
-            score = dot / sqrt(f32(DH));
-        }
-        scores[lane] = score;
-        workgroupBarrier(); // all scores of the tile are there
-        var tile_m = score;
-        for (var i = 0u; i < TEAM; i++) {
-            tile_m = max(tile_m, scores[team * TEAM + i]);
-        }
-        meeting[lane] = tile_m;
-        workgroupBarrier(); // all teams' largest scores are there, and all lanes have read the scores
-        tile_m = m;
-        for (var i = 0u; i < TEAMS; i++) {
-            tile_m = max(tile_m, meeting[i * TEAM]);
-        }
-        scores[lane] = exp_f32(score - tile_m);
-        workgroupBarrier(); // all weights are there
-        let shrink = exp_f32(m - tile_m);
-        m = tile_m;
-        total *= shrink;
-        team_total *= shrink;
-        for (var own = 0u; own < OWN; own++) {
-            sums[own] *= shrink;
-        }
-        let first = min(tile + team * TEAM, end);
-        let count = min(TEAM, end - first);
-        for (var i = 0u; i < count; i++) {
-            let weight = scores[team * TEAM + i];
-            team_total += weight;
-            let v = ((base + (first + i) % CAPACITY) * HK + kv_head) * DH;
-            for (var own = 0u; own < OWN; own++) {
-                let d = own * TEAM + place;
-                if d < DH {
-                    sums[own] = fma(weight, value(v + d), sums[own]);
+        var dots: array<f32, MOST>;
+        if j < last {
+            let k = (cache_row(row.sequence, j) * HK + kv_head) * quads;
+            for (var i = 0u; i < quads; i++) {
+                let key = key4(k + i);
+                for (var h = 0u; h < HEADS; h++) {
+                    dots[h] = dot4(query[h * quads + i], key, dots[h]);
                 }
             }
         }
-        workgroupBarrier(); // all lanes are done with the weights before the next tile's scores
-    }
-    meeting[lane] = team_total;
-    workgroupBarrier(); // all teams' totals are there
-    for (var i = 0u; i < TEAMS; i++) {
-        total += meeting[i * TEAM];
-    }
-    for (var own = 0u; own < OWN; own++) {
-        workgroupBarrier(); // all lanes have read what stood in `meeting`
-        meeting[lane] = sums[own];
-        workgroupBarrier(); // all teams' sums are there
-        let d = own * TEAM + place;
-        if team == 0u && d < DH {
-            var sum = 0.0;
-            for (var i = 0u; i < TEAMS; i++) {
-                sum += meeting[i * TEAM + place];
+        for (var h = 0u; h < HEADS; h++) {
+            // Keys past the end weigh e^-inf = 0.
+            weights[h * KEYS + lane] = select(-3.0e38, dots[h] / sqrt(f32(DH)), j < last);
+        }
+        workgroupBarrier(); // all scores of the tile are there
+        var most = -3.0e38;
+        if looked < HEADS {
+            for (var i = place; i < KEYS; i += SHARES) {
+                most = max(most, weights[looked * KEYS + i]);
             }
-            a[(t * H + h) * DH + d] = sum / total;
+        }
+        meeting[lane].x = most;
+        workgroupBarrier(); // the largest of all shares are there
+        if lane < HEADS {
+            most = largest[lane];
+            for (var i = 0u; i < SHARES; i++) {
+                most = max(most, meeting[lane * SHARES + i].x);
+            }
+            shrink[lane] = exp_f32(largest[lane] - most);
+            largest[lane] = most;
+        }
+        workgroupBarrier(); // the largest scores so far are there
+        for (var h = 0u; h < HEADS; h++) {
+            weights[h * KEYS + lane] = exp_f32(weights[h * KEYS + lane] - largest[h]);
+        }
+        workgroupBarrier(); // all weights are there
+        var part = 0.0;
+        if looked < HEADS {
+            for (var i = place; i < KEYS; i += SHARES) {
+                part += weights[looked * KEYS + i];
+            }
+        }
+        meeting[lane].x = part;
+        for (var h = 0u; h < HEADS; h++) {
+            sums[h] *= shrink[h];
+        }
+        let from_key = team * each;
+        let until_key = min(min(from_key + each, KEYS), last - tile);
+        if team < teams {
+            for (var i = from_key; i < until_key; i++) {
+                let v = value4((cache_row(row.sequence, tile + i) * HK + kv_head) * quads + quad);
+                for (var h = 0u; h < HEADS; h++) {
+                    sums[h] = fma(vec4<f32>(weights[h * KEYS + i]), v, sums[h]);
+                }
+            }
+        }
+        workgroupBarrier(); // the sums of all shares are there
+        if lane < HEADS {
+            part = total[lane] * shrink[lane];
+            for (var i = 0u; i < SHARES; i++) {
+                part += meeting[lane * SHARES + i].x;
+            }
+            total[lane] = part;
+        }
+    }
+    for (var h = 0u; h < HEADS; h++) {
+        workgroupBarrier(); // all lanes have read what stood in `meeting`
+        meeting[lane] = sums[h];
+        workgroupBarrier(); // all teams' sums are there
+        if lane < quads && first < last {
+            var sum = vec4<f32>(0.0);
+            for (var i = 0u; i < teams; i++) {
+                sum += meeting[i * quads + lane];
+            }
+            result(t, head + h, group.z, lane, sum, largest[h], total[h]);
         }
     }
 }

@@ -7,18 +7,19 @@
 // in        rows     Row         [T]
 //           table    vec2 f32    [C, DH/2]              cos and sin, YaRN's factor included
 // in/out    qkv      f32         [T, (H + 2 HK) DH]     queries, keys, values
-// out       keys     slot        [S, CAPACITY, HK DH]   row `position mod CAPACITY` of the row's sequence
-//           values   slot        [S, CAPACITY, HK DH]
-// override  H, HK, DH, CAPACITY
+//           pages    u32         [S, PAGES]             where a sequence's pages stand
+// out       keys     slot        [.., PAGE, HK DH]      the row that the position has in its sequence's pages
+//           values   slot        [.., PAGE, HK DH]
+// override  H, HK, DH, PAGE, PAGES
 // slots     append
 // requires  DH a multiple of 4
 // twin      src/ops/rope.rs
 #import row
+#import pages
 #import append
 override H: u32;
 override HK: u32;
 override DH: u32;
-override CAPACITY: u32;
 @group(0) @binding(0) var<storage, read> rows: array<Row>;
 @group(0) @binding(1) var<storage, read> table: array<vec2<f32>>;
 @group(0) @binding(2) var<storage, read_write> qkv: array<f32>;
@@ -39,7 +40,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         let sin = vec2<f32>(cs0.y, cs1.y);
         let lo = fma(a, cos, -(b * sin));
         let hi = fma(b, cos, a * sin);
-        let slot = (row.sequence * CAPACITY + row.position % CAPACITY) * HK;
+        let slot = cache_row(row.sequence, row.position) * HK;
         if head < H {
             qkv[at] = lo.x;
             qkv[at + 1u] = lo.y;

@@ -106,25 +106,24 @@ pub fn prefill(session: &mut Session, length: usize) -> Result<f64> {
 /// `count` tokens after `depth`, each the likeliest after the one before, the first `warm` of them not counted.
 pub fn decode(session: &mut Session, depth: usize, warm: usize, count: usize) -> Result<Decode> {
     session.clear();
-    let mut next = tokens(1, session.engine().config().vocab_size)[0];
+    let next = tokens(1, session.engine().config().vocab_size)[0];
     if depth > 0 {
         prefill(session, depth)?;
     }
-    let bytes = {
-        let body = session.begin(&[next])?;
-        let head = session.begin_head(&[0])?;
-        bytes_of_step(&[&body, &head], depth as u64)
-    };
+    let bytes = bytes_of_step(&[&session.decode_program(1, depth as u32 + 1).clone()], depth as u64);
+    session.feed(&[next], Want::Logits)?;
+    session.begin_drawing()?;
     let mut seconds = Vec::new();
+    let mut start = Instant::now();
     for i in 0..warm + count {
-        let start = Instant::now();
-        let logits = session.feed(&[next], Want::Last)?;
-        let best = logits.iter().enumerate().max_by(|a, b| a.1.total_cmp(b.1)).map_or(0, |(id, _)| id);
-        next = best as TokenId;
+        session.draw(usize::MAX)?;
+        let now = Instant::now();
         if i >= warm {
-            seconds.push(start.elapsed().as_secs_f64());
+            seconds.push((now - start).as_secs_f64());
         }
+        start = now;
     }
+    session.clear();
     Ok(Decode { depth, seconds, bytes })
 }
 
@@ -138,11 +137,11 @@ pub fn profile(engine: &Engine, depth: usize, rows: usize, rounds: usize) -> Res
         prefill(&mut session, depth)?;
     }
     let step = tokens(rows, engine.config().vocab_size);
-    let body = session.begin(&step)?;
-    let head = session.begin_head(&[rows as u32 - 1])?;
+    session.feed_drawn(&step, Want::Nothing)?;
+    let program = session.decode_program(rows as u32, (depth + rows) as u32).clone();
     let device = engine.device();
     let mut timed = Vec::new();
-    for program in [&body, &head] {
+    for program in [&program] {
         device.run(program)?;
         let rounds = (0..rounds).map(|_| device.time(program)).collect::<Result<Vec<_>>>()?;
         for (at, launch) in program.launches.iter().enumerate() {
@@ -150,6 +149,6 @@ pub fn profile(engine: &Engine, depth: usize, rows: usize, rounds: usize) -> Res
             timed.push(Timed { kernel: launch.kernel.name, bytes: bytes_of(program, at, depth as u64), seconds });
         }
     }
-    session.end(&step);
+    session.clear();
     Ok(timed)
 }

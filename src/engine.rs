@@ -2,15 +2,17 @@
 
 use crate::checkpoint::{Mapping, ScaleOrder};
 use crate::config::{Config, GenerationConfig};
+use crate::decode::Ahead;
 use crate::device::{self, Buffer, Device, cpu::Cpu, gpu};
 use crate::error::{Error, Result};
 use crate::model::{Found, Model, Plan, Progress, State};
 use crate::ops::{Activations, CacheFormat, Row, STATS_WORDS, Step};
 use crate::oracle;
-use crate::program::{HostStages, Program, Slice, Stage};
+use crate::program::{HostStages, Program, Role, Slice, Stage};
 use crate::reply::{Reply, ReplyOptions};
 use crate::synth;
 use crate::tokenizer::{ChatFormat, Text, TokenId, Tokenizer};
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -139,6 +141,7 @@ impl EngineBuilder {
         let mut plan = Plan {
             context: clamp(context),
             chunk: clamp(chunk),
+            sequences: 1,
             cache: self.cache,
             host: self.host,
             activations: self.activations,
@@ -253,6 +256,10 @@ impl Engine {
         self.inner.fallback.as_deref()
     }
 
+    pub(crate) fn model(&self) -> &Model {
+        &self.inner.model
+    }
+
     /// Tokens that a session holds.
     pub fn context(&self) -> usize {
         self.inner.plan.context as usize
@@ -280,17 +287,22 @@ impl Engine {
 
     /// A new conversation with a cache of its own.
     pub fn session(&self) -> Result<Session> {
-        self.session_edited(Edit::new(|_| ()))
+        self.session_with(None)
     }
 
     /// A conversation whose programs are changed after they are recorded: how tests plant faults.
     #[doc(hidden)]
     pub fn session_edited(&self, edit: Edit) -> Result<Session> {
+        self.session_with(Some(edit))
+    }
+
+    fn session_with(&self, edit: Option<Edit>) -> Result<Session> {
         let inner = &self.inner;
         let state = inner.model.state(&inner.device, &inner.plan)?;
-        let body = |tokens| edited(inner.model.body(tokens, &state), &edit);
+        let body = |tokens| edited(inner.model.body(tokens, Role::Prompt, edit.is_some(), &state), edit.as_ref());
         let programs = Programs { body: body(1).seal(), head: inner.model.head(1, &state).seal() };
-        for program in [&programs.body, &programs.head, &body(inner.plan.chunk)] {
+        let decode = inner.model.decode(1, 1, edit.is_some(), &state);
+        for program in [&programs.body, &programs.head, &body(inner.plan.chunk), &decode] {
             inner.device.prepare(program)?;
         }
         let cancel = Arc::new(AtomicBool::new(false));
@@ -298,6 +310,8 @@ impl Engine {
             engine: self.clone(),
             state,
             programs,
+            decode: HashMap::new(),
+            ahead: None,
             tokens: Vec::new(),
             written: 0,
             cancel,
@@ -308,7 +322,7 @@ impl Engine {
     }
 }
 
-/// The programs of a decode step, recorded once.
+/// The programs of a prompt's step over one row, recorded once.
 #[derive(Debug)]
 struct Programs {
     body: Program,
@@ -329,17 +343,21 @@ impl Cancel {
 /// One conversation: the tokens so far, and the KV cache that holds them.
 #[derive(Debug)]
 pub struct Session {
-    engine: Engine,
-    state: State,
+    pub(crate) engine: Engine,
+    pub(crate) state: State,
     programs: Programs,
-    tokens: Vec<TokenId>,
+    /// Programs of decode steps, by rows and reach.
+    decode: HashMap<(u32, u32), Program>,
+    /// Tokens that are being drawn on the device.
+    pub(crate) ahead: Option<Ahead>,
+    pub(crate) tokens: Vec<TokenId>,
     /// Positions below this have been written since the cache was last empty.
-    written: usize,
+    pub(crate) written: usize,
     cancel: Arc<AtomicBool>,
     mark: Option<Mark>,
     /// Where statistics go while they are asked for.
     stats: Option<Buffer>,
-    edit: Edit,
+    edit: Option<Edit>,
 }
 
 /// Changes a program after it is recorded.
@@ -360,8 +378,10 @@ impl Edit {
     }
 }
 
-fn edited(mut program: Program, edit: &Edit) -> Program {
-    (edit.0)(&mut program);
+fn edited(mut program: Program, edit: Option<&Edit>) -> Program {
+    if let Some(Edit(edit)) = edit {
+        edit(&mut program);
+    }
     program
 }
 
@@ -378,6 +398,9 @@ struct Mark {
 pub enum Want {
     /// None.
     Nothing,
+    /// The last row's, left on the device.
+    #[doc(hidden)]
+    Logits,
     /// The last row's, `[V]`.
     Last,
     /// Every row's, `[T, V]`.
@@ -425,6 +448,7 @@ impl Session {
 
     /// Forget everything.
     pub fn clear(&mut self) {
+        self.ahead = None;
         self.tokens.clear();
         self.written = 0;
         self.mark = None;
@@ -465,6 +489,7 @@ impl Session {
 
     /// Keep the first `len` tokens at most; fewer (none) if a sliding layer no longer has the keys to go on from there.
     pub fn cut(&mut self, len: usize) {
+        self.ahead = None;
         if len >= self.tokens.len() && self.written <= self.tokens.len() {
             return;
         }
@@ -493,33 +518,55 @@ impl Session {
         Reply::new(self, prompt, options)
     }
 
-    /// Append tokens to the conversation and compute them. Gives the logits wanted, row after row. If it fails, the
-    /// conversation is as it was before, or empty where a sliding layer has already lost keys that it needs.
+    /// Append tokens of a prompt to the conversation and compute them. Gives the logits wanted, row after row. If it
+    /// fails, the conversation is as it was before, or empty where a sliding layer has already lost keys that it needs.
     pub fn feed(&mut self, tokens: &[TokenId], want: Want) -> Result<Vec<f32>> {
         self.feed_seeing(tokens, want, None)
     }
 
+    /// As [`Self::feed`], for tokens that the model drew or a draft proposed: by the kernels of decoding. A position's bits
+    /// follow what its token and those before it were, prompt or drawn, and never how many are computed at once.
+    pub fn feed_drawn(&mut self, tokens: &[TokenId], want: Want) -> Result<Vec<f32>> {
+        self.feed_chunks(tokens, true, want, None)
+    }
+
     /// As [`Self::feed`], and show every stage of every chunk.
     pub fn feed_seeing(&mut self, tokens: &[TokenId], want: Want, see: Option<See<'_>>) -> Result<Vec<f32>> {
-        let Some(see) = see else { return self.feed_chunks(tokens, want, None) };
+        let Some(see) = see else { return self.feed_chunks(tokens, false, want, None) };
         let mut show = |stage: &Stage, words| see(&stage.name, stage.width, words);
         self.feed_watching(tokens, want, &mut Watch { keep: &|_| true, stats: false, see: &mut show })
     }
 
     /// As [`Self::feed`], and look at stages of every chunk. Nothing else is computed differently.
     pub fn feed_watching(&mut self, tokens: &[TokenId], want: Want, watch: &mut Watch<'_>) -> Result<Vec<f32>> {
-        self.feed_chunks(tokens, want, Some(watch))
+        self.feed_chunks(tokens, false, want, Some(watch))
     }
 
-    fn feed_chunks(&mut self, tokens: &[TokenId], want: Want, mut watch: Option<&mut Watch<'_>>) -> Result<Vec<f32>> {
+    /// As [`Self::feed_drawn`], and look at stages of every step.
+    pub fn feed_drawn_watching(&mut self, tokens: &[TokenId], want: Want, watch: &mut Watch<'_>) -> Result<Vec<f32>> {
+        self.feed_chunks(tokens, true, want, Some(watch))
+    }
+
+    fn feed_chunks(
+        &mut self,
+        tokens: &[TokenId],
+        drawn: bool,
+        want: Want,
+        mut watch: Option<&mut Watch<'_>>,
+    ) -> Result<Vec<f32>> {
+        self.ahead = None;
         self.check(tokens)?;
         let before = self.tokens.len();
         let mut logits = Vec::new();
-        let chunk = self.engine.inner.plan.chunk as usize;
+        let chunk = if drawn { self.chunk().min(self.max_picks()) } else { self.chunk() };
         let count = tokens.len().div_ceil(chunk);
         for (i, piece) in tokens.chunks(chunk).enumerate() {
-            let want = if want == Want::Last && i + 1 < count { Want::Nothing } else { want };
-            if let Err(e) = self.step(piece, want, &mut logits, watch.as_deref_mut()) {
+            let want = if want != Want::All && i + 1 < count { Want::Nothing } else { want };
+            let done = match drawn {
+                true => self.decode_step(piece, want, &mut logits, watch.as_deref_mut()),
+                false => self.step(piece, want, &mut logits, watch.as_deref_mut()),
+            };
+            if let Err(e) = done {
                 self.cut(before);
                 return Err(e);
             }
@@ -527,7 +574,7 @@ impl Session {
         Ok(logits)
     }
 
-    fn check(&self, tokens: &[TokenId]) -> Result<()> {
+    pub(crate) fn check(&self, tokens: &[TokenId]) -> Result<()> {
         let (context, vocab) = (self.engine.context(), self.engine.config().vocab_size);
         if self.engine.activations() == Activations::Nvfp4Dynamic && tokens.len() > 1 {
             let chunk = self.chunk();
@@ -558,8 +605,7 @@ impl Session {
         let first = self.tokens.len();
         let row = |(i, &token): (usize, &TokenId)| Row { token, sequence: 0, position: (first + i) as u32, pad: 0 };
         let rows: Vec<Row> = tokens.iter().enumerate().map(row).collect();
-        device.write(s.rows, bytemuck::cast_slice(&rows))?;
-        device.write(s.step, bytemuck::bytes_of(&Step { tokens: tokens.len() as u32, pad: [0; 3] }))
+        write_rows(device, s, &rows)
     }
 
     /// For the lab: set up a step over at most a chunk of tokens, and give its program to be run in pieces.
@@ -567,7 +613,8 @@ impl Session {
         self.check(tokens)?;
         self.write_rows(tokens)?;
         self.written = self.written.max(self.tokens.len() + tokens.len());
-        Ok(edited(self.engine.inner.model.body(tokens.len() as u32, &self.state), &self.edit))
+        let program = self.engine.inner.model.body(tokens.len() as u32, Role::Prompt, true, &self.state);
+        Ok(edited(program, self.edit.as_ref()))
     }
 
     /// For the lab: the program of the logits of `picks` rows of the step.
@@ -618,11 +665,12 @@ impl Session {
         if count == 1 {
             run(&self.programs.body)?;
         } else {
-            run(&edited(inner.model.body(count, s), &self.edit))?;
+            let program = inner.model.body(count, Role::Prompt, self.edit.is_some(), s);
+            run(&edited(program, self.edit.as_ref()))?;
         }
         let picks: Vec<u32> = match want {
             Want::Nothing => Vec::new(),
-            Want::Last => vec![count - 1],
+            Want::Logits | Want::Last => vec![count - 1],
             Want::All => (0..count).collect(),
         };
         let vocab = self.engine.config().vocab_size;
@@ -632,6 +680,9 @@ impl Session {
                 run(&self.programs.head)?;
             } else {
                 run(&inner.model.head(picks.len() as u32, s))?;
+            }
+            if want == Want::Logits {
+                break;
             }
             let at = logits.len();
             logits.resize(at + picks.len() * vocab, 0.0);
@@ -645,9 +696,61 @@ impl Session {
         self.tokens.extend_from_slice(tokens);
         Ok(())
     }
+
+    /// The program of a decode step over `rows` rows that see `reach` positions at most.
+    pub(crate) fn decode_program(&mut self, rows: u32, reach: u32) -> &Program {
+        // One program for all reaches of as many segments, so that few are recorded.
+        let reach = reach.max(128).next_power_of_two();
+        let (inner, state, edit) = (&self.engine.inner, &self.state, self.edit.as_ref());
+        self.decode
+            .entry((rows, reach))
+            .or_insert_with(|| edited(inner.model.decode(rows, reach, edit.is_some(), state), edit).seal())
+    }
+
+    /// One decode step over at most `max_picks` tokens.
+    fn decode_step(
+        &mut self,
+        tokens: &[TokenId],
+        want: Want,
+        logits: &mut Vec<f32>,
+        watch: Option<&mut Watch<'_>>,
+    ) -> Result<()> {
+        self.write_rows(tokens)?;
+        let (first, count) = (self.tokens.len(), tokens.len());
+        self.written = self.written.max(first + count);
+        let program = self.decode_program(count as u32, (first + count) as u32).clone();
+        let device = &self.engine.inner.device;
+        match watch {
+            None => device.run(&program)?,
+            Some(watch) => run_watched(device, &program, watch, &mut self.stats)?,
+        }
+        let vocab = self.engine.config().vocab_size;
+        let wanted = match want {
+            Want::Nothing | Want::Logits => 0..0,
+            Want::Last => count - 1..count,
+            Want::All => 0..count,
+        };
+        let bytes = (wanted.len() * vocab * 4) as u64;
+        if bytes == 0 {
+            device.wait()?;
+        } else {
+            let at = logits.len();
+            logits.resize(at + wanted.len() * vocab, 0.0);
+            let from = Slice { offset: (wanted.start * vocab * 4) as u64, bytes, ..self.state.logits };
+            device.read(from, bytemuck::cast_slice_mut(&mut logits[at..]))?;
+        }
+        self.tokens.extend_from_slice(tokens);
+        Ok(())
+    }
 }
 
-fn write_picks(device: &Arc<dyn Device>, s: &State, picks: &[u32]) -> Result<()> {
+/// Tell the device which rows the next step is over.
+pub(crate) fn write_rows(device: &Arc<dyn Device>, s: &State, rows: &[Row]) -> Result<()> {
+    device.write(s.rows, bytemuck::cast_slice(rows))?;
+    device.write(s.step, bytemuck::bytes_of(&Step { tokens: rows.len() as u32, pad: [0; 3] }))
+}
+
+pub(crate) fn write_picks(device: &Arc<dyn Device>, s: &State, picks: &[u32]) -> Result<()> {
     device.write(s.picks, bytemuck::cast_slice(picks))?;
     device.write(s.head_step, bytemuck::bytes_of(&Step { tokens: picks.len() as u32, pad: [0; 3] }))
 }

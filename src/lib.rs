@@ -25,6 +25,7 @@ pub mod bench;
 mod chat;
 pub mod checkpoint;
 pub mod config;
+mod decode;
 mod default_model;
 pub mod device;
 mod engine;

@@ -124,6 +124,20 @@ pub struct HostStages {
     pub attention: bool,
 }
 
+/// What the rows of a step are to their sequences. The kernels of a step follow it, never the number of its rows: so a
+/// position has the same bits whoever stands beside it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Role {
+    /// Tokens that were given.
+    #[default]
+    Prompt,
+    /// Tokens that the model drew, or a draft proposed.
+    Generated {
+        /// No row sees more positions than this.
+        reach: u32,
+    },
+}
+
 /// A value worth looking at: what stands in a slice after some launch.
 #[derive(Clone, Debug)]
 pub struct Stage {
@@ -149,6 +163,9 @@ pub struct Program {
     /// Rows of the step, T.
     pub(crate) tokens: u32,
     pub(crate) host: HostStages,
+    pub(crate) role: Role,
+    /// Record what fused ops do as launches of their own, with the same bits: the lab looks between them.
+    pub(crate) in_parts: bool,
     /// Unique in the process: this very list of launches, which will not change any more.
     sealed: Option<u64>,
 }
@@ -157,6 +174,16 @@ impl Program {
     /// An empty program for steps of `tokens` rows.
     pub fn new(tokens: u32, host: HostStages) -> Self {
         Self { tokens, host, ..Self::default() }
+    }
+
+    /// The same for rows of this role.
+    pub fn of(self, role: Role) -> Self {
+        Self { role, ..self }
+    }
+
+    /// The same with fused ops recorded as their parts.
+    pub fn in_parts(self, in_parts: bool) -> Self {
+        Self { in_parts, ..self }
     }
 
     /// Promise that the launches stay as they are, so that a device may keep what it made of them.
@@ -176,7 +203,7 @@ impl Program {
         let on_host = match launch.op {
             Op::Router(_) => self.host.routing,
             Op::MoeScatter(_) => self.host.scatter,
-            Op::Attention(_) => self.host.attention,
+            Op::Attention(_) | Op::AttentionMerge(_) => self.host.attention,
             _ => false,
         };
         launch.place = if on_host { Place::Host } else { Place::Device };
@@ -234,6 +261,7 @@ impl Program {
 
     fn part(&self, from: usize, to: usize) -> Program {
         let launches = self.launches[from..to].to_vec();
-        Program { launches, stages: Vec::new(), tokens: self.tokens, host: self.host, sealed: None }
+        let Program { tokens, host, role, in_parts, .. } = *self;
+        Program { launches, stages: Vec::new(), tokens, host, role, in_parts, sealed: None }
     }
 }

@@ -158,19 +158,16 @@ impl<'s> Reply<'s> {
 
     fn draw(&mut self) -> Result<Option<Token>> {
         let started = *self.started.get_or_insert_with(Instant::now);
-        let Some(logits) = self.compute()? else {
+        let Some(choice) = self.choose()? else {
             self.finish = Some(Finish::Cancelled);
             return Ok(None);
         };
-        let position = self.history.len() as u64;
-        let choice = sample(&self.options.sampling, &logits, &self.history, position)?;
         let now = Instant::now();
         let first = *self.first.get_or_insert(now);
         self.stats.first_token = first - started;
         self.stats.generation = now - first;
         self.stats.generated_tokens += 1;
         self.history.push(choice.id);
-        self.pending.push(choice.id);
         let stopped = self.stop_tokens.contains(&choice.id);
         let bytes = match self.session.engine().tokenizer() {
             Ok(t) if !t.is_special(choice.id) => t.token_bytes(choice.id),
@@ -192,8 +189,30 @@ impl<'s> Reply<'s> {
         Ok(Some(Token { choice, text, finish: self.finish }))
     }
 
+    /// The next token. `None`: cancelled.
+    fn choose(&mut self) -> Result<Option<Choice>> {
+        let sampling = &self.options.sampling;
+        // The likeliest token is found on the device and fed to the next step there.
+        if sampling.temperature == 0.0 && sampling.repetition_penalty == 1.0 && sampling.top_logprobs == 0 {
+            if self.stats.generated_tokens == 0 {
+                if self.compute(Want::Logits)?.is_none() {
+                    return Ok(None);
+                }
+                self.session.begin_drawing()?;
+            } else if self.session.take_cancel() {
+                return Ok(None);
+            }
+            let more = self.options.max_tokens.map_or(usize::MAX, |max| max - self.stats.generated_tokens - 1);
+            return self.session.draw(more).map(Some);
+        }
+        let Some(logits) = self.compute(Want::Last)? else { return Ok(None) };
+        let choice = sample(&self.options.sampling, &logits, &self.history, self.history.len() as u64)?;
+        self.pending.push(choice.id);
+        Ok(Some(choice))
+    }
+
     /// Compute the pending tokens chunk by chunk. `None`: cancelled; what was computed stays in the cache.
-    fn compute(&mut self) -> Result<Option<Vec<f32>>> {
+    fn compute(&mut self, want: Want) -> Result<Option<Vec<f32>>> {
         let chunk = self.session.chunk();
         while self.pending.len() > chunk {
             if self.session.take_cancel() {
@@ -205,7 +224,10 @@ impl<'s> Reply<'s> {
         if self.session.take_cancel() {
             return Ok(None);
         }
-        let logits = self.session.feed(&self.pending, Want::Last)?;
+        let logits = match self.stats.generated_tokens {
+            0 => self.session.feed(&self.pending, want)?,
+            _ => self.session.feed_drawn(&self.pending, want)?,
+        };
         self.pending.clear();
         if std::mem::take(&mut self.mark) {
             self.session.set_mark()?;

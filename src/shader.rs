@@ -30,6 +30,10 @@ const WEIGHT_FILES: [&str; 5] = ["weights_bf16", "weights_fp8", "weights_fp8_blo
 pub(crate) const INPUT: Slot = Slot { name: "input", fillings: &["input_f32", "input_nvfp4"] };
 /// The gated activation.
 pub(crate) const GLU: Slot = Slot { name: "glu", fillings: &["glu_clamped", "glu_silu"] };
+/// What is added to the residual stream: rows, or the weighted sum of routes.
+pub(crate) const ADDEND: Slot = Slot { name: "addend", fillings: &["addend_rows", "addend_routes"] };
+/// What attention over some keys leaves: the result, or a segment's part of it.
+pub(crate) const RESULT: Slot = Slot { name: "result", fillings: &["result_whole", "result_segment"] };
 /// A learned score that takes attention from the keys, or none.
 pub(crate) const SINK: Slot = Slot { name: "sink", fillings: &["sink_bf16", "sink_none"] };
 /// The scale that activations are quantised with.
@@ -63,6 +67,8 @@ shared!(
     "act_scale_static",
     "act_scale_tensor",
     "act_scale_token",
+    "addend_routes",
+    "addend_rows",
     "append_bf16",
     "append_f32",
     "bf16",
@@ -83,9 +89,14 @@ shared!(
     "input_nvfp4",
     "lanes_32",
     "lanes_8",
+    "norm",
+    "pages",
     "reduce_shared",
     "reduce_subgroup",
+    "result_segment",
+    "result_whole",
     "row",
+    "segments",
     "sink_bf16",
     "sink_none",
     "sixteen",

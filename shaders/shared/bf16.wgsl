@@ -7,6 +7,10 @@ fn bf16_hi(word: u32) -> f32 {
     return bitcast<f32>(word & 0xffff0000u);
 }
 
+fn bf16x4(x: u32, y: u32) -> vec4<f32> {
+    return vec4<f32>(bf16_lo(x), bf16_hi(x), bf16_lo(y), bf16_hi(y));
+}
+
 // Element i of a packed array, given the word that holds it.
 fn bf16_pick(word: u32, i: u32) -> f32 {
     return select(bf16_lo(word), bf16_hi(word), (i & 1u) == 1u);

@@ -5,10 +5,6 @@
 
 const WEIGHT_UNIT = 1.0;
 
-fn bf16x4(x: u32, y: u32) -> vec4<f32> {
-    return vec4<f32>(bf16_lo(x), bf16_hi(x), bf16_lo(y), bf16_hi(y));
-}
-
 // Elements 16i..16i+16 of a row of K = 16 chunks elements.
 fn weight_at(row: u32, chunks: u32, i: u32) -> Sixteen {
     let at = (row * chunks + i) * 2u;

@@ -23,6 +23,16 @@ pub trait Device: Send + Sync + fmt::Debug {
     fn write(&self, to: Slice, bytes: &[u8]) -> Result<()>;
     /// Copy a whole slice out, after every program that ran before.
     fn read(&self, from: Slice, bytes: &mut [u8]) -> Result<()>;
+    /// Ask for a whole slice as it is after every program that ran before, without waiting for it.
+    fn read_later(&self, from: Slice) -> Result<Box<dyn Later>> {
+        let mut bytes = vec![0; from.bytes as usize];
+        self.read(from, &mut bytes)?;
+        Ok(Box::new(bytes))
+    }
+    /// Steps that are worth running before the tokens of those before them are looked at.
+    fn ahead(&self) -> usize {
+        0
+    }
     /// Make ready what a program needs, such as compiled kernels, so that the first run is as fast as the next.
     fn prepare(&self, program: &Program) -> Result<()>;
     /// Run the launches in order. Launches placed on the host run there.
@@ -57,6 +67,18 @@ pub trait Device: Send + Sync + fmt::Debug {
     /// The driver and its version; empty where there is none.
     fn driver(&self) -> String {
         String::new()
+    }
+}
+
+/// Bytes that were asked for.
+pub trait Later: Send + fmt::Debug {
+    /// Wait for them.
+    fn get(self: Box<Self>) -> Result<Vec<u8>>;
+}
+
+impl Later for Vec<u8> {
+    fn get(self: Box<Self>) -> Result<Vec<u8>> {
+        Ok(*self)
     }
 }
 

@@ -7,7 +7,7 @@ use super::load::{Inputs, Loader};
 use super::{Layers, State, attention, heads, norm};
 use crate::config::Config;
 use crate::error::Result;
-use crate::ops::{Experts, MoeScatter, Projection, Router, Swiglu};
+use crate::ops::{Addend, Experts, Projection, Router, Swiglu};
 use crate::program::{Program, Slice};
 
 /// The layers' weights on a device.
@@ -55,25 +55,23 @@ impl GptOss {
 }
 
 impl Layers for GptOss {
-    fn block(&self, p: &mut Program, idx: usize, s: &State) {
+    fn block(&self, p: &mut Program, idx: usize, s: &State, addend: Option<Addend>) -> Addend {
         let (l, c) = (&self.layers[idx], &self.config);
         let name = |what: &'static str| move || format!("layers.{idx}.{what}");
         let [d, e, a] = [c.hidden_size, c.num_local_experts, c.num_experts_per_tok];
         let form = Swiglu::gpt_oss(a as u32, [c.swiglu_limit, c.swiglu_alpha]);
         let kv = s.kv[idx];
 
-        p.rms_norm(norm(c), s.x, l.attn_norm, s.h);
-        p.stage(name("attn_norm"), s.h, d);
+        s.open_layer(p, norm(c), idx, addend, l.attn_norm);
         s.project(p, &l.qkv, s.h, s.qkv, name("attn_norm.staged"));
         p.stage(name("qkv"), s.qkv, l.qkv.n as usize);
         p.rope(heads(c), s.rows, s.rope_table, s.qkv, kv);
-        p.attention(attention(c, idx, kv), s.rows, s.qkv, kv, Some(l.sinks), s.a);
+        p.attention(attention(c, idx, kv), [s.rows, s.qkv, s.parts], kv, Some(l.sinks), s.a);
         p.stage(name("attention"), s.a, c.num_attention_heads * c.head_dim);
         s.project(p, &l.out, s.a, s.delta, name("attention.staged"));
         p.stage(name("attn_out"), s.delta, d);
-        p.add(norm(c).d, s.delta, s.x);
 
-        p.rms_norm(norm(c), s.x, l.mlp_norm, s.h);
+        s.add_and_norm(p, norm(c), Addend::Rows(s.delta), l.mlp_norm, None);
         p.stage(name("mlp_norm"), s.h, d);
         p.projection(s.step, &l.router, s.h, s.scores);
         p.stage(name("mlp.router.logits"), s.scores, e);
@@ -84,9 +82,6 @@ impl Layers for GptOss {
         p.stage(name("mlp.up"), s.e, a * c.intermediate_size);
         s.down(p, &l.down, form.a, name("mlp.up.staged"));
         p.stage(name("mlp.down"), s.y, a * d);
-        p.moe_scatter(MoeScatter { a: form.a, d: d as u32 }, s.routes, s.y, s.delta);
-        p.stage(name("mlp.out"), s.delta, d);
-        p.add(norm(c).d, s.delta, s.x);
-        p.stage(name("hidden"), s.x, d);
+        s.routed(form.a)
     }
 }

@@ -7,7 +7,7 @@ use super::mlp::Mlp;
 use super::{Layers, State, attention, heads, norm};
 use crate::config::Config;
 use crate::error::Result;
-use crate::ops::Projection;
+use crate::ops::{Addend, Projection};
 use crate::program::{Program, Slice};
 
 /// The layers' weights on a device.
@@ -47,26 +47,23 @@ impl Llama {
 }
 
 impl Layers for Llama {
-    fn block(&self, p: &mut Program, idx: usize, s: &State) {
+    fn block(&self, p: &mut Program, idx: usize, s: &State, addend: Option<Addend>) -> Addend {
         let (l, c) = (&self.layers[idx], &self.config);
         let name = |what: &'static str| move || format!("layers.{idx}.{what}");
         let kv = s.kv[idx];
 
-        p.rms_norm(norm(c), s.x, l.attn_norm, s.h);
-        p.stage(name("attn_norm"), s.h, c.hidden_size);
+        s.open_layer(p, norm(c), idx, addend, l.attn_norm);
         s.project(p, &l.qkv, s.h, s.qkv, name("attn_norm.staged"));
         p.stage(name("qkv"), s.qkv, l.qkv.n as usize);
         p.rope(heads(c), s.rows, s.rope_table, s.qkv, kv);
-        p.attention(attention(c, idx, kv), s.rows, s.qkv, kv, None, s.a);
+        p.attention(attention(c, idx, kv), [s.rows, s.qkv, s.parts], kv, None, s.a);
         p.stage(name("attention"), s.a, c.num_attention_heads * c.head_dim);
         s.project(p, &l.out, s.a, s.delta, name("attention.staged"));
         p.stage(name("attn_out"), s.delta, c.hidden_size);
-        p.add(norm(c).d, s.delta, s.x);
 
-        p.rms_norm(norm(c), s.x, l.mlp_norm, s.h);
+        s.add_and_norm(p, norm(c), Addend::Rows(s.delta), l.mlp_norm, None);
         p.stage(name("mlp_norm"), s.h, c.hidden_size);
         l.mlp.record(p, idx, s);
-        p.add(norm(c).d, s.delta, s.x);
-        p.stage(name("hidden"), s.x, c.hidden_size);
+        Addend::Rows(s.delta)
     }
 }

@@ -18,8 +18,8 @@ use crate::config::{Config, Family, LayerType};
 use crate::device::rehearsal::Rehearsal;
 use crate::device::{Buffer, Device};
 use crate::error::Result;
-use crate::ops::{Attention, KvCache, Projection, RmsNorm, Weight};
-use crate::program::{Program, Slice};
+use crate::ops::{Addend, Attention, KvCache, Projection, RmsNorm, Weight};
+use crate::program::{Program, Role, Slice};
 use load::{Inputs, Loader};
 use std::fmt::Debug;
 use std::sync::Arc;
@@ -35,8 +35,9 @@ pub struct Progress {
 
 /// A family's weights, and how it records a layer.
 trait Layers: Debug + Send + Sync {
-    /// Record layer `idx`: from the residual stream `s.x` back into it.
-    fn block(&self, p: &mut Program, idx: usize, s: &State);
+    /// Record layer `idx`: from the residual stream `s.x`, to which the layer before still has to add `addend`, to what
+    /// this one adds.
+    fn block(&self, p: &mut Program, idx: usize, s: &State, addend: Option<Addend>) -> Addend;
 }
 
 /// A model's weights on a device. Shared by all sessions, never written after loading.
@@ -108,14 +109,52 @@ impl Model {
         &self.found
     }
 
-    /// The step over `tokens` rows: embedding and all layers. Reads `rows` and `step` of the state.
-    pub fn body(&self, tokens: u32, s: &State) -> Program {
-        let mut p = Program::new(tokens, s.host);
+    /// The step over `tokens` rows: embedding and all layers. Reads `rows` and `step` of the state. `in_parts`: with a
+    /// launch for every stage, to look between those that are fused; the bits are the same.
+    pub fn body(&self, tokens: u32, role: Role, in_parts: bool, s: &State) -> Program {
+        let mut p = Program::new(tokens, s.host).of(role).in_parts(in_parts);
         p.embed(&self.embed, s.rows, s.x);
         p.stage(|| "embed".to_owned(), s.x, self.config.hidden_size);
-        for idx in 0..self.config.num_hidden_layers {
-            self.layers.block(&mut p, idx, s);
+        if let Some(addend) = self.layers(&mut p, s) {
+            s.add(&mut p, norm(&self.config), self.config.num_hidden_layers - 1, addend);
         }
+        p
+    }
+
+    fn layers(&self, p: &mut Program, s: &State) -> Option<Addend> {
+        let layers = 0..self.config.num_hidden_layers;
+        layers.fold(None, |addend, idx| Some(self.layers.block(p, idx, s, addend)))
+    }
+
+    /// The step over `tokens` generated rows that see `reach` positions at most, the logits of all of them, and the
+    /// likeliest token of each, which becomes the row of the next step. Reads `rows` and `step` of the state.
+    pub fn decode(&self, tokens: u32, reach: u32, in_parts: bool, s: &State) -> Program {
+        let mut p = Program::new(tokens, s.host).of(Role::Generated { reach }).in_parts(in_parts);
+        let (norm, vocab) = (norm(&self.config), self.config.vocab_size as u32);
+        p.embed(&self.embed, s.rows, s.x);
+        p.stage(|| "embed".to_owned(), s.x, self.config.hidden_size);
+        match self.layers(&mut p, s) {
+            Some(addend) => {
+                let last = self.config.num_hidden_layers - 1;
+                s.add_and_norm(&mut p, norm, addend, self.final_norm, Some(last));
+            }
+            None => p.rms_norm(norm, s.x, self.final_norm, s.h),
+        }
+        p.stage(|| "final_norm".to_owned(), s.h, self.config.hidden_size);
+        match &self.lm_head {
+            None => p.linear(s.step, &self.embed, None, s.h, s.logits),
+            Some(head) => p.projection(s.step, head, s.h, s.logits),
+        }
+        p.stage(|| "logits".to_owned(), s.logits, self.config.vocab_size);
+        p.draw(vocab, s.step, s.logits, s.draw_parts, s.rows, s.drawn);
+        p
+    }
+
+    /// The likeliest token of each of the `picks` logits of the last step, which becomes a row of the next step. Reads
+    /// `head_step` of the state.
+    pub fn draw(&self, picks: u32, s: &State) -> Program {
+        let mut p = Program::new(picks, s.host);
+        p.draw(self.config.vocab_size as u32, s.head_step, s.logits, s.draw_parts, s.rows, s.drawn);
         p
     }
 
@@ -151,5 +190,6 @@ fn window(c: &Config, idx: usize) -> u32 {
 
 fn attention(c: &Config, idx: usize, kv: KvCache) -> Attention {
     let [h, hk, dh] = heads(c);
-    Attention { h, hk, dh, window: window(c, idx), capacity: kv.capacity, format: kv.format }
+    let KvCache { page, pages, format, .. } = kv;
+    Attention { h, hk, dh, window: window(c, idx), page, pages, format, segments: 0, first: 0, rows: 0 }
 }

@@ -8,7 +8,7 @@ use super::qwen3::head_norm;
 use super::{Layers, State, attention, heads, norm};
 use crate::config::Config;
 use crate::error::Result;
-use crate::ops::{Experts, Gate, GateUp, MoeScatter, Projection, Router, Swiglu};
+use crate::ops::{Addend, Experts, Gate, GateUp, Projection, Router, Swiglu};
 use crate::program::{Program, Slice};
 
 /// The layers' weights on a device.
@@ -69,28 +69,29 @@ impl Qwen3Moe {
 }
 
 impl Layers for Qwen3Moe {
-    fn block(&self, p: &mut Program, idx: usize, s: &State) {
+    fn block(&self, p: &mut Program, idx: usize, s: &State, addend: Option<Addend>) -> Addend {
         let (l, c) = (&self.layers[idx], &self.config);
         let name = |what: &'static str| move || format!("layers.{idx}.{what}");
         let kv = s.kv[idx];
 
-        p.rms_norm(norm(c), s.x, l.attn_norm, s.h);
-        p.stage(name("attn_norm"), s.h, c.hidden_size);
+        s.open_layer(p, norm(c), idx, addend, l.attn_norm);
         s.project(p, &l.qkv, s.h, s.qkv, name("attn_norm.staged"));
         p.stage(name("qkv"), s.qkv, l.qkv.n as usize);
         p.head_norm(head_norm(c), l.head_gains, s.qkv);
         p.stage(name("qkv_norm"), s.qkv, l.qkv.n as usize);
         p.rope(heads(c), s.rows, s.rope_table, s.qkv, kv);
-        p.attention(attention(c, idx, kv), s.rows, s.qkv, kv, None, s.a);
+        p.attention(attention(c, idx, kv), [s.rows, s.qkv, s.parts], kv, None, s.a);
         p.stage(name("attention"), s.a, c.num_attention_heads * c.head_dim);
         s.project(p, &l.out, s.a, s.delta, name("attention.staged"));
         p.stage(name("attn_out"), s.delta, c.hidden_size);
-        p.add(norm(c).d, s.delta, s.x);
 
-        p.rms_norm(norm(c), s.x, l.mlp_norm, s.h);
+        s.add_and_norm(p, norm(c), Addend::Rows(s.delta), l.mlp_norm, None);
         p.stage(name("mlp_norm"), s.h, c.hidden_size);
         match &l.mlp {
-            Feed::Dense(mlp) => mlp.record(p, idx, s),
+            Feed::Dense(mlp) => {
+                mlp.record(p, idx, s);
+                Addend::Rows(s.delta)
+            }
             Feed::Experts { router, up, down } => {
                 let [e, a, f] = [c.num_local_experts, c.num_experts_per_tok, c.moe_intermediate_size];
                 let form = Swiglu { a: a as u32, rows: GateUp::Halves, gate: Gate::Silu };
@@ -103,11 +104,8 @@ impl Layers for Qwen3Moe {
                 p.stage(name("mlp.up"), s.e, a * f);
                 s.down(p, down, form.a, name("mlp.up.staged"));
                 p.stage(name("mlp.down"), s.y, a * c.hidden_size);
-                p.moe_scatter(MoeScatter { a: form.a, d: norm(c).d }, s.routes, s.y, s.delta);
-                p.stage(name("mlp.out"), s.delta, c.hidden_size);
+                s.routed(form.a)
             }
         }
-        p.add(norm(c).d, s.delta, s.x);
-        p.stage(name("hidden"), s.x, c.hidden_size);
     }
 }

@@ -7,11 +7,17 @@ use crate::device::{Buffer, Device};
 use crate::error::{Error, Result};
 use crate::format::Format;
 use crate::ops::{
-    ActScale, Activations, CacheFormat, ExpertScales, Experts, Input, InputScales, KvCache, Piece, Projection, Routes,
-    Row, StageActivation, Staging, Step, Swiglu, Weight, staged_words,
+    ActScale, Activations, Addend, CacheFormat, ExpertScales, Experts, Input, InputScales, KvCache, MoeScatter, PARTS,
+    Piece, Projection, RmsNorm, Routes, Row, StageActivation, Staging, Step, Swiglu, Weight, segments_within,
+    staged_words,
 };
 use crate::program::{HostStages, Program, Slice};
 use std::sync::Arc;
+
+/// Positions of a page of the cache.
+const PAGE: u32 = 16;
+/// Bytes that the segments of attention may take, of as many rows at a time as fit.
+const SEGMENT_BYTES: u64 = 64 << 20;
 
 /// How a model is loaded, and sizes of a conversation's buffers.
 #[derive(Clone, Copy, Debug)]
@@ -20,6 +26,8 @@ pub struct Plan {
     pub context: u32,
     /// Most rows in one step.
     pub chunk: u32,
+    /// Sequences that the cache has room for.
+    pub sequences: u32,
     /// How keys and values are stored.
     pub cache: CacheFormat,
     /// Stages that the host computes.
@@ -47,10 +55,11 @@ impl Plan {
     /// Positions that layer `idx` keeps of a sequence: a sliding layer its window, and room for two chunks, so that a
     /// whole chunk is appended before its first row looks back, and that 2 chunk + 1 tokens can be taken back.
     fn capacity(&self, config: &Config, idx: usize) -> u32 {
-        match window(config, idx) {
+        let positions = match window(config, idx) {
             0 => self.context,
             window => self.context.min(window + 2 * self.chunk),
-        }
+        };
+        positions.next_multiple_of(PAGE)
     }
 
     /// Whether a sequence can be cut back to `len` tokens, given that positions below `written` have been written:
@@ -78,12 +87,17 @@ pub struct State {
     pub head_step: Slice,
     /// `[P, V]` f32.
     pub logits: Slice,
+    /// `[P]` of `ops::Drawn`.
+    pub drawn: Slice,
+    pub(super) draw_parts: Slice,
     /// Most picks at once.
     pub max_picks: u32,
     pub(super) x: Slice,
     pub(super) h: Slice,
     pub(super) qkv: Slice,
     pub(super) a: Slice,
+    /// What segments of attention leave.
+    pub(super) parts: Slice,
     pub(super) delta: Slice,
     pub(super) scores: Slice,
     pub(super) routes: Routes,
@@ -101,6 +115,8 @@ pub struct State {
     windows: Vec<u32>,
     activations: Activations,
     staging: Option<Staging>,
+    /// Page tables: written once.
+    _tables: Vec<Buffer>,
     buffers: Vec<Buffer>,
 }
 
@@ -118,13 +134,14 @@ enum Rows {
 impl State {
     /// Buffers for one conversation.
     pub(super) fn new(device: &Arc<dyn Device>, c: &Config, plan: &Plan, rope_table: Slice) -> Result<Self> {
-        let t = u64::from(plan.chunk);
+        let t = u64::from(plan.chunk.max(plan.sequences));
         let [d, f, moe_f, vocab] =
             [c.hidden_size, c.intermediate_size, c.moe_intermediate_size, c.vocab_size].map(|n| n as u64);
         let [h, hk, dh] = [c.num_attention_heads, c.num_key_value_heads, c.head_dim].map(|n| n as u64);
         let [e, a] = [c.num_local_experts, c.num_experts_per_tok].map(|n| n as u64);
         let dense_f = if c.moe_layers.contains(&false) { f } else { 0 };
-        let picks = t.min(16).min((device.limits().max_binding_bytes / (vocab * 4)).max(1));
+        let picks =
+            t.min(16).max(u64::from(plan.sequences)).min((device.limits().max_binding_bytes / (vocab * 4)).max(1));
         let mut buffers = Vec::new();
         let mut new = |label: &str, bytes: u64| -> Result<Slice> {
             let buffer = Buffer::new(device, label, bytes)?;
@@ -132,13 +149,28 @@ impl State {
             buffers.push(buffer);
             Ok(slice)
         };
+        // Layers with as many pages share a table.
+        let (mut tables, mut table_buffers): (Vec<(u32, Slice)>, _) = (Vec::new(), Vec::new());
+        for idx in 0..c.num_hidden_layers {
+            let pages = plan.capacity(c, idx) / PAGE;
+            if tables.iter().all(|(n, _)| *n != pages) {
+                let places: Vec<u32> = (0..plan.sequences * pages).collect();
+                let table = Buffer::with_bytes(device, "page table", bytemuck::cast_slice(&places))?;
+                tables.push((pages, table.slice()));
+                table_buffers.push(table);
+            }
+        }
         let kv = (0..c.num_hidden_layers)
             .map(|idx| {
                 let capacity = plan.capacity(c, idx);
-                let bytes = plan.cache.bytes(u64::from(capacity) * hk * dh);
+                let bytes = plan.cache.bytes(u64::from(plan.sequences * capacity) * hk * dh);
+                let pages = capacity / PAGE;
+                let table = tables.iter().find(|(n, _)| *n == pages).expect("made above").1;
                 Ok(KvCache {
                     format: plan.cache,
-                    capacity,
+                    page: PAGE,
+                    pages,
+                    table,
                     keys: new(&format!("KV cache, keys of layer {idx}"), bytes)?,
                     values: new(&format!("KV cache, values of layer {idx}"), bytes)?,
                 })
@@ -158,17 +190,23 @@ impl State {
                 })
             }
         };
+        // Of generated rows; a prompt's attention leaves no parts.
+        let row_parts = h * u64::from(segments_within(plan.context).next_power_of_two()) * (dh + 4) * 4;
+        let parts = (row_parts * u64::from(plan.sequences).max(t.min(8))).min(SEGMENT_BYTES.max(row_parts));
         Ok(Self {
             rows: new("rows", t * size_of::<Row>() as u64)?,
             step: new("step", size_of::<Step>() as u64)?,
             picks: new("picks", picks * 4)?,
             head_step: new("head step", size_of::<Step>() as u64)?,
             logits: new("logits", picks * vocab * 4)?,
+            drawn: new("drawn tokens", picks * 16)?,
+            draw_parts: new("parts of drawn tokens", picks * u64::from(PARTS) * 16)?,
             max_picks: picks as u32,
             x: new("x", t * d * 4)?,
             h: new("h", t * d * 4)?,
             qkv: new("qkv", t * (h + 2 * hk) * dh * 4)?,
             a: new("attention", t * h * dh * 4)?,
+            parts: new("segments of attention", parts)?,
             delta: new("delta", t * d * 4)?,
             scores: new("scores", t * e * 4)?,
             routes: Routes { experts: new("experts", t * a * 4)?, weights: new("weights", t * a * 4)? },
@@ -183,6 +221,7 @@ impl State {
             windows: (0..c.num_hidden_layers).map(|idx| window(c, idx)).collect(),
             activations: plan.activations,
             staging,
+            _tables: table_buffers,
             buffers,
         })
     }
@@ -196,6 +235,67 @@ impl State {
     pub fn rings(&self) -> impl Iterator<Item = Slice> {
         let sliding = self.windows.iter().zip(&self.kv).filter(|(window, _)| **window > 0);
         sliding.flat_map(|(_, kv)| [kv.keys, kv.values])
+    }
+
+    /// Record the beginning of layer `idx`: what the layer before adds, and the norm.
+    pub(super) fn open_layer(&self, p: &mut Program, norm: RmsNorm, idx: usize, addend: Option<Addend>, gain: Slice) {
+        match addend {
+            Some(addend) => self.add_and_norm(p, norm, addend, gain, Some(idx - 1)),
+            None => p.rms_norm(norm, self.x, gain, self.h),
+        }
+        p.stage(|| format!("layers.{idx}.attn_norm"), self.h, norm.d as usize);
+    }
+
+    /// What a layer's experts add: the weighted sum of `y`.
+    pub(super) fn routed(&self, a: u32) -> Addend {
+        Addend::Routes { a, routes: self.routes, x: self.y, sum: self.delta }
+    }
+
+    /// Record `x += addend` and `h = norm(x)`. `ends`: the layer that ends with this sum.
+    pub(super) fn add_and_norm(
+        &self,
+        p: &mut Program,
+        norm: RmsNorm,
+        addend: Addend,
+        gain: Slice,
+        ends: Option<usize>,
+    ) {
+        let routed = matches!(addend, Addend::Routes { .. });
+        if p.in_parts || (routed && p.host.scatter) {
+            match ends {
+                Some(idx) => self.add(p, norm, idx, addend),
+                None => self.add_parts(p, norm, addend, None),
+            }
+            p.rms_norm(norm, self.x, gain, self.h);
+            return;
+        }
+        p.add_norm(norm, addend, self.x, gain, self.h);
+        if let Some(idx) = ends {
+            if routed {
+                p.stage(|| format!("layers.{idx}.mlp.out"), self.delta, norm.d as usize);
+            }
+            p.stage(|| format!("layers.{idx}.hidden"), self.x, norm.d as usize);
+        }
+    }
+
+    /// Record `x += addend`, with which layer `idx` ends.
+    pub(super) fn add(&self, p: &mut Program, norm: RmsNorm, idx: usize, addend: Addend) {
+        self.add_parts(p, norm, addend, Some(idx));
+        p.stage(|| format!("layers.{idx}.hidden"), self.x, norm.d as usize);
+    }
+
+    fn add_parts(&self, p: &mut Program, norm: RmsNorm, addend: Addend, ends: Option<usize>) {
+        let y = match addend {
+            Addend::Rows(y) => y,
+            Addend::Routes { a, routes, x, sum } => {
+                p.moe_scatter(MoeScatter { a, d: norm.d }, routes, x, sum);
+                if let Some(idx) = ends {
+                    p.stage(|| format!("layers.{idx}.mlp.out"), sum, norm.d as usize);
+                }
+                sum
+            }
+        };
+        p.add(norm.d, y, self.x);
     }
 
     /// Record `y = w x + bias` by row, with x quantised first where the plan says so and the weight is NVFP4. `name`: of

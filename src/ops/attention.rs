@@ -1,11 +1,20 @@
-//! Attention, with or without sinks, grouped heads and an optional sliding window.
+//! Grouped-query attention over the cache, with optional windows and learned sinks.
 
 use super::{CacheFormat, KvCache, Op, Row, Views};
-use crate::program::{Launch, Program, Slice};
-use crate::shader::{CACHE, Kernel, SINK};
+use crate::program::{Launch, Program, Role, Slice};
+use crate::shader::{CACHE, Kernel, RESULT, SINK};
 
 pub(crate) const KERNEL: Kernel =
-    Kernel { name: "attention", source: include_str!("../../shaders/attention.wgsl"), slots: &[CACHE, SINK] };
+    Kernel { name: "attention", source: include_str!("../../shaders/attention.wgsl"), slots: &[CACHE, SINK, RESULT] };
+pub(crate) const MERGE: Kernel =
+    Kernel { name: "attention_merge", source: include_str!("../../shaders/attention_merge.wgsl"), slots: &[SINK] };
+
+/// Keys of a tile.
+const KEYS: u32 = 128;
+/// Most segments that a row's keys are shared among.
+pub(crate) const SEGMENTS: u32 = 64;
+/// Most query heads of one workgroup.
+const HEADS: u32 = 8;
 
 /// Constants.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -14,93 +23,268 @@ pub struct Attention {
     pub h: u32,
     /// Key/value heads.
     pub hk: u32,
-    /// Head size.
+    /// Head size, a multiple of 4.
     pub dh: u32,
-    /// Keys that a query sees, itself included; 0: all.
+    /// Keys that a query sees; 0: all before it.
     pub window: u32,
-    /// The cache's.
-    pub capacity: u32,
-    /// The cache's.
+    /// Positions of a page of the cache.
+    pub page: u32,
+    /// Pages that a sequence has room for.
+    pub pages: u32,
+    /// How keys and values are stored.
     pub format: CacheFormat,
+    /// Segments that each row's keys are shared among at most, each leaving its part to `attention_merge`; 0: one
+    /// workgroup sees all keys of a row.
+    pub segments: u32,
+    /// The first row of the step that is computed here.
+    pub first: u32,
+    /// How many rows are.
+    pub rows: u32,
+}
+
+/// Constants of bringing segments together.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct AttentionMerge(pub Attention);
+
+/// How the visible keys of a row are shared: the keys of a segment, by how many there are.
+fn segment_keys(visible: u32) -> u32 {
+    visible.div_ceil(KEYS).div_ceil(SEGMENTS) * KEYS
+}
+
+/// Most segments of any row that sees no more keys than this.
+pub(crate) fn segments_within(visible: u32) -> u32 {
+    visible.div_ceil(KEYS).min(SEGMENTS)
+}
+
+/// Segments of a row that sees so many keys.
+fn segments_of(visible: u32) -> u32 {
+    visible.div_ceil(segment_keys(visible))
 }
 
 impl Program {
-    /// `a[t,h] = sum_j softmax_j(q k_j / sqrt(Dh)) v_j` with the sink, if there is one, in the denominator. `qkv`: rotated, as `rope`
-    /// leaves it; `sinks`: `[H]` bf16; `a`: `[T, H Dh]` f32.
+    /// Attention of every row over its sequence's cache. `qkv [T, (H + 2 Hk) Dh]` f32: rotated, as `rope` leaves it;
+    /// `sinks`: `[H]` bf16; `a`: `[T, H Dh]` f32; `parts`: room for the segments of some rows, at least of one.
+    ///
+    /// A prompt's rows see all their keys in one workgroup; a generated row's keys are shared among several, by how many
+    /// they are.
     pub fn attention(
         &mut self,
         op: Attention,
-        rows: Slice,
-        qkv: Slice,
+        [rows, qkv, parts]: [Slice; 3],
         cache: KvCache,
         sinks: Option<Slice>,
         a: Slice,
     ) {
-        let launch = Launch::new(Op::Attention(op), &KERNEL, [op.h, self.tokens, 1])
-            .fill("cache", cache.format.filling("cache"))
-            .constant("H", op.h)
-            .constant("HK", op.hk)
-            .constant("DH", op.dh)
-            .constant("CAPACITY", op.capacity)
-            .constant("WINDOW", op.window)
-            .read("rows", rows)
-            .read("qkv", qkv)
-            .read("keys", cache.keys)
-            .read("values", cache.values)
-            .write("a", a);
-        self.push(match sinks {
-            Some(sinks) => launch.fill("sink", "sink_bf16").read("sinks", sinks),
-            None => launch.fill("sink", "sink_none"),
-        });
+        let tokens = self.tokens;
+        let visible = |reach: u32| if op.window == 0 { reach } else { reach.min(op.window) };
+        let segments = match self.role {
+            Role::Generated { reach } if !self.host.attention => segments_within(visible(reach)).next_power_of_two(),
+            _ => 1,
+        };
+        if segments == 1 {
+            self.push(
+                op.rows(0, tokens, 0).launch(rows, qkv, cache, sinks).fill("result", "result_whole").write("a", a),
+            );
+            return;
+        }
+        // Rows that `parts` has room for at a time.
+        let row_bytes = u64::from(op.h * segments * (op.dh + 4)) * 4;
+        let at_once = (parts.bytes / row_bytes).clamp(1, u64::from(tokens)) as u32;
+        for first in (0..tokens).step_by(at_once as usize) {
+            let op = op.rows(first, at_once.min(tokens - first), segments);
+            let launch = op.launch(rows, qkv, cache, sinks).fill("result", "result_segment");
+            self.push(launch.constant("SEGMENTS", segments).write("parts", parts));
+            let merge = Launch::new(Op::AttentionMerge(AttentionMerge(op)), &MERGE, [op.h, op.rows, 1])
+                .constant("H", op.h)
+                .constant("DH", op.dh)
+                .constant("WINDOW", op.window)
+                .constant("SEGMENTS", segments)
+                .constant("FIRST", first)
+                .read("rows", rows)
+                .read("parts", parts)
+                .sinks(sinks)
+                .update("a", a);
+            self.push(merge);
+        }
+    }
+}
+
+impl Launch {
+    fn sinks(self, sinks: Option<Slice>) -> Self {
+        match sinks {
+            Some(sinks) => self.fill("sink", "sink_bf16").read("sinks", sinks),
+            None => self.fill("sink", "sink_none"),
+        }
     }
 }
 
 impl Attention {
-    pub(crate) fn twin(&self, tokens: usize, views: &mut Views<'_>) {
-        let rows = &bytemuck::cast_slice(views.words("rows"))[..tokens];
-        let (keys, values) = (views.words("keys"), views.words("values"));
-        let sinks = if views.has("sinks") { views.bf16("sinks") } else { &[] };
-        self.reference(rows, views.f32("qkv"), keys, values, sinks, views.f32_mut("a"));
+    /// For these rows of a step and so many segments.
+    fn rows(self, first: u32, rows: u32, segments: u32) -> Self {
+        Self { segments, first, rows, ..self }
     }
 
-    /// `rows [T]`, `qkv [T, (H + 2 Hk) Dh]`, `keys`, `values`: words of `[S, capacity, Hk Dh]`, `sinks [H]` or
-    /// empty, `a [T, H Dh]`.
-    pub fn reference(
-        &self,
-        rows: &[Row],
-        qkv: &[f32],
-        keys: &[u32],
-        values: &[u32],
-        sinks: &[half::bf16],
-        a: &mut [f32],
-    ) {
-        let [h, hk, dh, capacity] = [self.h, self.hk, self.dh, self.capacity].map(|n| n as usize);
-        for (t, row) in rows.iter().enumerate() {
-            let end = row.position as usize + 1;
-            let start = if self.window == 0 { 0 } else { end.saturating_sub(self.window as usize) };
+    fn launch(self, rows: Slice, qkv: Slice, cache: KvCache, sinks: Option<Slice>) -> Launch {
+        // Query heads that share their keys go together, as many as a workgroup takes.
+        let group = self.h / self.hk;
+        let heads = (1..=HEADS.min(group)).rev().find(|n| group.is_multiple_of(*n)).unwrap_or(1);
+        let launch = Launch::new(Op::Attention(self), &KERNEL, [self.h / heads, self.rows, self.segments.max(1)])
+            .fill("cache", cache.format.filling("cache"))
+            .constant("H", self.h)
+            .constant("HK", self.hk)
+            .constant("DH", self.dh)
+            .constant("PAGE", self.page)
+            .constant("PAGES", self.pages)
+            .constant("WINDOW", self.window)
+            .constant("HEADS", heads)
+            .constant("FIRST", self.first)
+            .read("rows", rows)
+            .read("qkv", qkv)
+            .read("pages", cache.table)
+            .read("keys", cache.keys)
+            .read("values", cache.values);
+        // A merge takes the sinks into account, once for all segments.
+        if self.segments == 0 { launch.sinks(sinks) } else { launch }
+    }
+
+    pub(crate) fn twin(&self, _: usize, views: &mut Views<'_>) {
+        let seen = Seen {
+            rows: bytemuck::cast_slice(views.words("rows")),
+            qkv: views.f32("qkv"),
+            keys: views.words("keys"),
+            values: views.words("values"),
+            pages: views.words("pages"),
+        };
+        if self.segments == 0 {
+            let sinks = if views.has("sinks") { views.bf16("sinks") } else { &[] };
+            self.reference(&seen, sinks, views.f32_mut("a"));
+        } else {
+            self.reference_segments(&seen, views.f32_mut("parts"));
+        }
+    }
+
+    /// The positions that a row sees.
+    fn visible(&self, row: &Row) -> std::ops::Range<usize> {
+        let end = row.position as usize + 1;
+        let start = if self.window == 0 { 0 } else { end.saturating_sub(self.window as usize) };
+        start..end
+    }
+
+    /// `sinks [H]` or empty, `a [T, H Dh]`.
+    pub fn reference(&self, seen: &Seen<'_>, sinks: &[half::bf16], a: &mut [f32]) {
+        let (h, dh) = (self.h as usize, self.dh as usize);
+        for t in self.first as usize..(self.first + self.rows) as usize {
             for head in 0..h {
-                let q = &qkv[(t * (h + 2 * hk) + head) * dh..][..dh];
-                let at = |j: usize| ((row.sequence as usize * capacity + j % capacity) * hk + head / (h / hk)) * dh;
-                let load = |words: &[u32], i: usize| f64::from(self.format.load(words, i));
-                let score = |j: usize| {
-                    let dot: f64 = (0..dh).map(|i| f64::from(q[i]) * load(keys, at(j) + i)).sum();
-                    dot / (dh as f64).sqrt()
-                };
-                let scores: Vec<f64> = (start..end).map(score).collect();
                 let sink = sinks.get(head).map_or(f64::NEG_INFINITY, |s| s.to_f64());
-                // Where a score is NaN, `max` passes it over, and the weights below carry it on.
-                let m = scores.iter().copied().fold(sink, f64::max);
-                let mut total = (sink - m).exp();
-                let mut sums = vec![0.0; dh];
-                for (j, s) in (start..end).zip(&scores) {
-                    let weight = (s - m).exp();
-                    total += weight;
-                    for (i, sum) in sums.iter_mut().enumerate() {
-                        *sum += weight * load(values, at(j) + i);
-                    }
-                }
+                let (m, mut total, sums) = self.over(seen, t, head, self.visible(&seen.rows[t]), sink);
+                total += (sink - m).exp();
                 for (i, sum) in sums.iter().enumerate() {
                     a[(t * h + head) * dh + i] = (sum / total) as f32;
+                }
+            }
+        }
+    }
+
+    /// `parts [ROWS, H, SEGMENTS, Dh + 4]`: of each segment the largest score, the sum of weights, two zeros, the sums.
+    pub fn reference_segments(&self, seen: &Seen<'_>, parts: &mut [f32]) {
+        let [h, dh, segments] = [self.h, self.dh, self.segments].map(|n| n as usize);
+        for t in self.first as usize..(self.first + self.rows) as usize {
+            let visible = self.visible(&seen.rows[t]);
+            let keys = segment_keys(visible.len() as u32) as usize;
+            for (s, start) in visible.clone().step_by(keys).enumerate() {
+                for head in 0..h {
+                    let range = start..(start + keys).min(visible.end);
+                    let (m, total, sums) = self.over(seen, t, head, range, f64::NEG_INFINITY);
+                    let at = (((t - self.first as usize) * h + head) * segments + s) * (dh + 4);
+                    let part = &mut parts[at..at + dh + 4];
+                    part[..4].copy_from_slice(&[m as f32, total as f32, 0.0, 0.0]);
+                    for (to, sum) in part[4..].iter_mut().zip(sums) {
+                        *to = sum as f32;
+                    }
+                }
+            }
+        }
+    }
+
+    /// Of the keys in `range`: the largest score (or `least`), the sum of weights, the weighted sums.
+    fn over(
+        &self,
+        seen: &Seen<'_>,
+        t: usize,
+        head: usize,
+        range: std::ops::Range<usize>,
+        least: f64,
+    ) -> (f64, f64, Vec<f64>) {
+        let [h, hk, dh, page, pages] = [self.h, self.hk, self.dh, self.page, self.pages].map(|n| n as usize);
+        let sequence = seen.rows[t].sequence as usize;
+        let q = &seen.qkv[(t * (h + 2 * hk) + head) * dh..][..dh];
+        let at = |j: usize| {
+            let row = seen.pages[sequence * pages + j / page % pages] as usize * page + j % page;
+            (row * hk + head / (h / hk)) * dh
+        };
+        let load = |words: &[u32], i: usize| f64::from(self.format.load(words, i));
+        let score = |j: usize| {
+            let dot: f64 = (0..dh).map(|i| f64::from(q[i]) * load(seen.keys, at(j) + i)).sum();
+            dot / (dh as f64).sqrt()
+        };
+        let scores: Vec<f64> = range.clone().map(score).collect();
+        // Where a score is NaN, `max` passes it over, and the weights below carry it on.
+        let m = scores.iter().copied().fold(least, f64::max);
+        let (mut total, mut sums) = (0.0, vec![0.0; dh]);
+        for (j, s) in range.zip(&scores) {
+            let weight = (s - m).exp();
+            total += weight;
+            for (i, sum) in sums.iter_mut().enumerate() {
+                *sum += weight * load(seen.values, at(j) + i);
+            }
+        }
+        (m, total, sums)
+    }
+}
+
+/// What attention reads.
+pub struct Seen<'a> {
+    /// `Row [T]`.
+    pub rows: &'a [Row],
+    /// `[T, (H + 2 Hk) Dh]`.
+    pub qkv: &'a [f32],
+    /// Words of `[.., page, Hk Dh]`.
+    pub keys: &'a [u32],
+    /// As `keys`.
+    pub values: &'a [u32],
+    /// `[S, pages]`.
+    pub pages: &'a [u32],
+}
+
+impl AttentionMerge {
+    pub(crate) fn twin(&self, _: usize, views: &mut Views<'_>) {
+        let rows = bytemuck::cast_slice(views.words("rows"));
+        let sinks = if views.has("sinks") { views.bf16("sinks") } else { &[] };
+        self.reference(rows, views.f32("parts"), sinks, views.f32_mut("a"));
+    }
+
+    /// `rows [T]`, `parts [ROWS, H, SEGMENTS, Dh + 4]`, `sinks [H]` or empty, `a [T, H Dh]`.
+    pub fn reference(&self, rows: &[Row], parts: &[f32], sinks: &[half::bf16], a: &mut [f32]) {
+        let op = &self.0;
+        let [h, dh, segments] = [op.h, op.dh, op.segments].map(|n| n as usize);
+        for t in op.first as usize..(op.first + op.rows) as usize {
+            let count = segments_of(op.visible(&rows[t]).len() as u32) as usize;
+            for head in 0..h {
+                let sink = sinks.get(head).map_or(f64::NEG_INFINITY, |s| s.to_f64());
+                let at = ((t - op.first as usize) * h + head) * segments * (dh + 4);
+                let parts = &parts[at..at + count * (dh + 4)];
+                let parts = parts.chunks_exact(dh + 4);
+                let m = parts.clone().fold(sink, |m, part| m.max(f64::from(part[0])));
+                let (mut total, mut sums) = ((sink - m).exp(), vec![0.0; dh]);
+                for part in parts {
+                    let weight = (f64::from(part[0]) - m).exp();
+                    total += weight * f64::from(part[1]);
+                    for (sum, v) in sums.iter_mut().zip(&part[4..]) {
+                        *sum += weight * f64::from(*v);
+                    }
+                }
+                for (to, sum) in a[(t * h + head) * dh..].iter_mut().zip(sums) {
+                    *to = (sum / total) as f32;
                 }
             }
         }
@@ -113,12 +297,17 @@ mod tests {
 
     #[test]
     fn one_key_shares_its_weight_with_the_sink_only() {
-        let op = Attention { h: 1, hk: 1, dh: 4, window: 0, capacity: 2, format: CacheFormat::F32 };
-        let qkv = [0.0; 12]; // score 0
+        let format = CacheFormat::F32;
+        let op = Attention { h: 1, hk: 1, dh: 4, window: 0, page: 2, pages: 1, format, segments: 0, first: 0, rows: 1 };
         let values = [8.0f32, 4.0, 2.0, 1.0, 0.0, 0.0, 0.0, 0.0].map(f32::to_bits);
+        let seen = Seen { rows: &[Row::default()], qkv: &[0.0; 12], keys: &[0; 8], values: &values, pages: &[0] };
         let mut a = [f32::NAN; 4];
-        let sink = [half::bf16::from_f32(0.0)];
-        op.reference(&[Row::default()], &qkv, &[0; 8], &values, &sink, &mut a);
+        op.reference(&seen, &[half::bf16::from_f32(0.0)], &mut a);
         assert_eq!(a, [4.0, 2.0, 1.0, 0.5]);
+    }
+
+    #[test]
+    fn segments_follow_the_number_of_keys_and_are_at_most_64() {
+        assert_eq!([1, 128, 129, 4096, 8192, 8193, 1 << 20].map(segments_of), [1, 1, 2, 32, 64, 33, 64]);
     }
 }

@@ -4,8 +4,11 @@
 //! kernel's tests, and it runs the op where there is no GPU.
 
 mod add;
+mod add_norm;
 mod amax;
+mod argmax;
 mod attention;
+mod draw;
 mod embed;
 mod glu;
 mod head_norm;
@@ -25,8 +28,13 @@ mod views;
 mod weight;
 
 pub use add::Add;
+pub use add_norm::{AddNorm, Addend};
 pub use amax::Amax;
-pub use attention::Attention;
+pub(crate) use argmax::PARTS;
+pub use argmax::{Argmax, Drawn};
+pub(crate) use attention::segments_within;
+pub use attention::{Attention, AttentionMerge, Seen};
+pub use draw::Draw;
 pub use embed::Embed;
 pub use glu::{Gate, Glu};
 pub use head_norm::HeadNorm;
@@ -49,10 +57,14 @@ pub use weight::{Matrix, Part, Weight, WeightBytes};
 use crate::shader::Kernel;
 
 /// Every kernel there is.
-pub const KERNELS: [&Kernel; 17] = [
+pub const KERNELS: [&Kernel; 21] = [
     &add::KERNEL,
+    &add_norm::KERNEL,
     &amax::KERNEL,
+    &argmax::KERNEL,
     &attention::KERNEL,
+    &attention::MERGE,
+    &draw::KERNEL,
     &embed::KERNEL,
     &glu::KERNEL,
     &head_norm::KERNEL,
@@ -74,8 +86,12 @@ pub const KERNELS: [&Kernel; 17] = [
 #[allow(missing_docs, reason = "each variant is documented at its type")]
 pub enum Op {
     Add(Add),
+    AddNorm(AddNorm),
     Amax(Amax),
+    Argmax(Argmax),
     Attention(Attention),
+    AttentionMerge(AttentionMerge),
+    Draw(Draw),
     Embed(Embed),
     Glu(Glu),
     HeadNorm(HeadNorm),
@@ -97,8 +113,12 @@ impl Op {
     pub fn twin(&self, tokens: usize, views: &mut Views<'_>) {
         match self {
             Op::Add(op) => op.twin(tokens, views),
+            Op::AddNorm(op) => op.twin(tokens, views),
             Op::Amax(op) => op.twin(tokens, views),
+            Op::Argmax(op) => op.twin(tokens, views),
             Op::Attention(op) => op.twin(tokens, views),
+            Op::AttentionMerge(op) => op.twin(tokens, views),
+            Op::Draw(op) => op.twin(tokens, views),
             Op::Embed(op) => op.twin(tokens, views),
             Op::Glu(op) => op.twin(tokens, views),
             Op::HeadNorm(op) => op.twin(tokens, views),

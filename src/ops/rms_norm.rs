@@ -2,10 +2,10 @@
 
 use super::{Op, Views};
 use crate::program::{Launch, Program, Slice};
-use crate::shader::Kernel;
+use crate::shader::{Kernel, LANES, REDUCE};
 
 pub(crate) const KERNEL: Kernel =
-    Kernel { name: "rms_norm", source: include_str!("../../shaders/rms_norm.wgsl"), slots: &[] };
+    Kernel { name: "rms_norm", source: include_str!("../../shaders/rms_norm.wgsl"), slots: &[LANES, REDUCE] };
 
 /// Constants.
 #[derive(Clone, Copy, Debug, PartialEq)]

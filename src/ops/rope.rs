@@ -56,13 +56,17 @@ impl CacheFormat {
     }
 }
 
-/// Keys and values of one layer: `[S, capacity, Hk Dh]` each.
+/// Keys and values of one layer: pages of so many positions, `[.., page, Hk Dh]` each.
 #[derive(Clone, Copy, Debug)]
 pub struct KvCache {
     /// How an element is stored.
     pub format: CacheFormat,
-    /// Positions that a sequence has room for; position p stands in row `p mod capacity`.
-    pub capacity: u32,
+    /// Positions of a page.
+    pub page: u32,
+    /// Pages that a sequence has room for: those of position p are used again by p + page pages.
+    pub pages: u32,
+    /// `[S, pages]` u32: which page each is.
+    pub table: Slice,
     /// Rotated keys.
     pub keys: Slice,
     /// Values.
@@ -79,7 +83,9 @@ pub struct Rope {
     /// Head size.
     pub dh: u32,
     /// The cache's.
-    pub capacity: u32,
+    pub page: u32,
+    /// The cache's.
+    pub pages: u32,
     /// The cache's.
     pub format: CacheFormat,
 }
@@ -88,16 +94,18 @@ impl Program {
     /// Rotate the queries of `qkv [T, (H + 2 Hk) Dh]` in place; append rotated keys, and values, to the cache.
     /// `table`: `[C, Dh/2]` pairs of cos and sin.
     pub fn rope(&mut self, [h, hk, dh]: [u32; 3], rows: Slice, table: Slice, qkv: Slice, cache: KvCache) {
-        let op = Rope { h, hk, dh, capacity: cache.capacity, format: cache.format };
+        let op = Rope { h, hk, dh, page: cache.page, pages: cache.pages, format: cache.format };
         let grid = [((h + 2 * hk) * (dh / 4)).div_ceil(64), self.tokens, 1];
         let launch = Launch::new(Op::Rope(op), &KERNEL, grid)
             .fill("append", cache.format.filling("append"))
             .constant("H", h)
             .constant("HK", hk)
             .constant("DH", dh)
-            .constant("CAPACITY", cache.capacity)
+            .constant("PAGE", cache.page)
+            .constant("PAGES", cache.pages)
             .read("rows", rows)
             .read("table", table)
+            .read("pages", cache.table)
             .update("qkv", qkv)
             .update("keys", cache.keys)
             .update("values", cache.values);
@@ -109,15 +117,25 @@ impl Rope {
     pub(crate) fn twin(&self, tokens: usize, views: &mut Views<'_>) {
         let rows = &bytemuck::cast_slice(views.words("rows"))[..tokens];
         let (keys, values) = (views.words_mut("keys"), views.words_mut("values"));
-        self.reference(rows, views.f32("table"), views.f32_mut("qkv"), keys, values);
+        self.reference(rows, views.f32("table"), views.words("pages"), views.f32_mut("qkv"), keys, values);
     }
 
-    /// `rows [T]`, `table [C, Dh/2, 2]`, `qkv [T, (H + 2 Hk) Dh]`, `keys`, `values`: words of `[S, capacity, Hk Dh]`.
-    pub fn reference(&self, rows: &[Row], table: &[f32], qkv: &mut [f32], keys: &mut [u32], values: &mut [u32]) {
-        let [h, hk, dh, capacity] = [self.h, self.hk, self.dh, self.capacity].map(|n| n as usize);
+    /// `rows [T]`, `table [C, Dh/2, 2]`, `pages [S, pages]`, `qkv [T, (H + 2 Hk) Dh]`, `keys`, `values`: words of
+    /// `[.., page, Hk Dh]`.
+    pub fn reference(
+        &self,
+        rows: &[Row],
+        table: &[f32],
+        pages: &[u32],
+        qkv: &mut [f32],
+        keys: &mut [u32],
+        values: &mut [u32],
+    ) {
+        let [h, hk, dh, page, places] = [self.h, self.hk, self.dh, self.page, self.pages].map(|n| n as usize);
         for (t, row) in rows.iter().enumerate() {
             let position = row.position as usize;
-            let slot = row.sequence as usize * capacity + position % capacity;
+            let held = pages[row.sequence as usize * places + position / page % places] as usize;
+            let slot = held * page + position % page;
             let table = &table[position * dh..][..dh];
             for head in 0..h + 2 * hk {
                 let v = &mut qkv[(t * (h + 2 * hk) + head) * dh..][..dh];

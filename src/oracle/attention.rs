@@ -17,7 +17,8 @@ pub(super) fn cache(
         CacheFormat::F32 => t.input(&values.iter().map(|v| *v as f32).collect::<Vec<_>>()),
         CacheFormat::Bf16 => t.input(&values.iter().map(|v| ((*v as f32).to_bits() >> 16) as u16).collect::<Vec<_>>()),
     };
-    Ok(KvCache { format, capacity, keys: store(keys)?, values: store(values)? })
+    let (keys, values) = (store(keys)?, store(values)?);
+    Ok(KvCache { format, page: capacity, pages: 1, table: t.input(&[0u32])?, keys, values })
 }
 
 /// Attention of queries that are all `query`, at these positions, with a sink of this score or none: `[T, H Dh]`.
@@ -35,9 +36,10 @@ pub(super) fn attend(
     let (rows, qkv) = (t.input(&rows)?, t.input(&qkv)?);
     let sinks = sink.map(|sink| t.input(&bf16s(vec![sink; h as usize]))).transpose()?;
     let a = t.output(tokens * (h * dh) as usize)?;
-    let op = Attention { h, hk, dh, window, capacity: cache.capacity, format: cache.format };
+    let KvCache { page, pages, format, .. } = cache;
+    let op = Attention { h, hk, dh, window, page, pages, format, segments: 0, first: 0, rows: 0 };
     let mut p = program(tokens);
-    p.attention(op, rows, qkv, cache, sinks, a);
+    p.attention(op, [rows, qkv, a], cache, sinks, a);
     Ok(floats(&t.run(&p, a)?))
 }
 
@@ -131,7 +133,8 @@ pub(super) fn rotate(
     let rows: Vec<Row> = positions.iter().map(|&position| Row { position, ..Row::default() }).collect();
     let words = format.bytes(u64::from(CAPACITY * HEADS[1] * HEADS[2])) as usize / 4;
     let (rows, table, qkv) = (t.input(&rows)?, t.input(table)?, t.input(qkv)?);
-    let kv = KvCache { format, capacity: CAPACITY, keys: t.output(words)?, values: t.output(words)? };
+    let (pages, keys, values) = (t.input(&[0u32])?, t.output(words)?, t.output(words)?);
+    let kv = KvCache { format, page: CAPACITY, pages: 1, table: pages, keys, values };
     let mut p = program(positions.len());
     p.rope(HEADS, rows, table, qkv, kv);
     Ok([t.run(&p, qkv)?, t.read(kv.keys)?, t.read(kv.values)?])

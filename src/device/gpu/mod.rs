@@ -2,12 +2,13 @@
 //! bring its own device.
 
 mod adapter;
+mod later;
 mod pipeline;
 mod run;
 
 pub use adapter::{AdapterFacts, is_hardware, list};
 
-use super::{Device, Limits, See, next_id};
+use super::{Device, Later, Limits, See, next_id};
 use crate::error::{Error, Result};
 use crate::program::{BufferId, Program, Slice};
 use pipeline::{Compile, Pipelines};
@@ -52,6 +53,8 @@ pub struct Gpu {
     /// What sealed programs run, by their numbers. Emptied when any buffer is given back.
     sealed: Mutex<HashMap<u64, Arc<Vec<run::Ready>>>>,
     staging: Mutex<Option<wgpu::Buffer>>,
+    /// Small readback buffers that nobody waits for.
+    idle: Arc<Mutex<Vec<wgpu::Buffer>>>,
     unsubmitted: AtomicU64,
     lost: Arc<Mutex<Option<String>>>,
 }
@@ -122,6 +125,7 @@ impl Gpu {
             bind_groups: Mutex::default(),
             sealed: Mutex::default(),
             staging: Mutex::default(),
+            idle: Arc::default(),
             unsubmitted: AtomicU64::new(0),
             lost,
         }
@@ -283,6 +287,14 @@ impl Device for Gpu {
 
     fn read(&self, from: Slice, bytes: &mut [u8]) -> Result<()> {
         self.read_buffer(&self.buffer(from.buffer), from.offset, bytes)
+    }
+
+    fn read_later(&self, from: Slice) -> Result<Box<dyn Later>> {
+        self.copy_out(from)
+    }
+
+    fn ahead(&self) -> usize {
+        if is_hardware(&self.facts) { 2 } else { 0 }
     }
 
     fn prepare(&self, program: &Program) -> Result<()> {

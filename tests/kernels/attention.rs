@@ -1,0 +1,184 @@
+//! Attention, its cache in pages, and rotation.
+
+use super::{EPS, check, output_of, program};
+use crate::harness::{Bench, Random, gpus, sum_tolerance};
+use fourfold::ops::{Attention, CacheFormat, KvCache, Row};
+use fourfold::program::{Program, Role, Slice};
+
+/// Rows of two sequences in one step, at uneven positions.
+fn mixed_rows(t: usize, sequences: u32, last: u32) -> Vec<Row> {
+    (0..t as u32)
+        .map(|i| Row { token: 0, sequence: i % sequences, position: last - (i * 7) % (last + 1), pad: 0 })
+        .collect()
+}
+
+/// Positions of a page, for a sequence that has room for so many.
+fn page(capacity: usize) -> usize {
+    if capacity.is_multiple_of(4) { capacity / 4 } else { capacity }
+}
+
+/// Page size, pages a sequence, and a table in which they lie in no order.
+fn pages(b: &mut Bench, capacity: usize, sequences: usize) -> (u32, u32, Slice) {
+    let pages = capacity / page(capacity);
+    let n = pages * sequences;
+    let table: Vec<u32> = (0..n).map(|i| ((i * 5 + 3) % n) as u32).collect();
+    (page(capacity) as u32, pages as u32, b.input(&table))
+}
+
+fn cache(
+    b: &mut Bench,
+    random: &mut Random,
+    format: CacheFormat,
+    capacity: usize,
+    width: usize,
+    sequences: usize,
+) -> KvCache {
+    let n = sequences * capacity * width;
+    let mut fill = || match format {
+        CacheFormat::F32 => b.input(&random.f32s(n)),
+        CacheFormat::Bf16 => b.input(&random.bf16s(n)),
+    };
+    let (keys, values) = (fill(), fill());
+    let (page, pages, table) = pages(b, capacity, sequences);
+    KvCache { format, page, pages, table, keys, values }
+}
+
+#[test]
+fn rope() {
+    for format in [CacheFormat::F32, CacheFormat::Bf16] {
+        for (t, h, hk, dh, capacity) in [(1, 2, 1, 4, 3), (5, 6, 2, 64, 11), (3, 8, 2, 32, 40)] {
+            let what = format!("rope {format:?} T={t} H={h} Hk={hk} Dh={dh}");
+            // Two products and a sum.
+            check(&what, 4.0 * EPS, |b| {
+                let mut random = Random(dh as u64);
+                let rows: Vec<Row> = mixed_rows(t, 2, 37)
+                    .into_iter()
+                    .enumerate()
+                    .map(|(i, r)| Row { position: i as u32 * 7, ..r })
+                    .collect();
+                let table: Vec<f32> =
+                    (0..38 * dh / 2).flat_map(|i| [(i as f32).cos() * 1.3, (i as f32).sin() * 1.3]).collect();
+                let (rows, table) = (b.input(&rows), b.input(&table));
+                let width = (h + 2 * hk) * dh;
+                let qkv = b.guarded(&random.f32s(t * width));
+                let n = 2 * capacity * hk * dh;
+                let [keys, values] = [0; 2].map(|_| match format {
+                    CacheFormat::F32 => b.guarded(&vec![0.5f32; n]),
+                    CacheFormat::Bf16 => b.guarded(&vec![0.5f32; n / 2]),
+                });
+                let (page, pages, table_of_pages) = pages(b, capacity, 2);
+                let kv = KvCache { format, page, pages, table: table_of_pages, keys, values };
+                let mut p = program(t);
+                p.rope([h as u32, hk as u32, dh as u32], rows, table, qkv, kv);
+                let outputs = if format == CacheFormat::F32 { vec![qkv, keys, values] } else { vec![qkv] };
+                (p, outputs)
+            });
+        }
+    }
+}
+
+#[test]
+fn a_bf16_cache_holds_what_an_f32_cache_holds_rounded_to_nearest_even() {
+    // The same step into both caches, on each device: keys and values, two sequences, positions past the capacity.
+    let (t, h, hk, dh, capacity) = (7, 3, 2, 8, 5);
+    let mut random = Random(3);
+    let mut qkv = random.f32s(t * (h + 2 * hk) * dh);
+    qkv[(h + hk) * dh] = f32::from_bits(0x3f80_8000); // a value that is a tie
+    qkv[(h + hk) * dh + 1] = f32::from_bits(0x3f81_8000);
+    let table: Vec<f32> = (0..40 * dh / 2).flat_map(|i| [(i as f32).cos() * 1.3, (i as f32).sin() * 1.3]).collect();
+    let row = |i: u32| Row { token: 0, sequence: i % 2, position: i * 3 + 1, pad: 0 };
+    let rows: Vec<Row> = (0..t as u32).map(row).collect();
+    for (name, device) in gpus() {
+        let cached = |format: CacheFormat, words: usize| {
+            let mut b = Bench::new(device);
+            let (rows, table, qkv) = (b.input(&rows), b.input(&table), b.guarded(&qkv));
+            let [keys, values] = [0; 2].map(|_| b.guarded(&vec![0.0f32; words]));
+            let (page, pages, table_of_pages) = pages(&mut b, capacity, 2);
+            let kv = KvCache { format, page, pages, table: table_of_pages, keys, values };
+            let mut p = program(t);
+            p.rope([h as u32, hk as u32, dh as u32], rows, table, qkv, kv);
+            b.run(&p, &[keys, values]).concat()
+        };
+        let n = 2 * capacity * hk * dh;
+        let want = cached(CacheFormat::F32, n).into_iter().map(|w| half::bf16::from_f32(f32::from_bits(w)).to_bits());
+        let got = cached(CacheFormat::Bf16, n / 2).into_iter().flat_map(|w| [w as u16, (w >> 16) as u16]);
+        let (got, want): (Vec<u16>, Vec<u16>) = (got.collect(), want.collect());
+        assert_eq!(got, want, "on {name}");
+        assert!(got.contains(&0x3f80) && got.contains(&0x3f82), "ties went to even on {name}");
+        assert!(got.iter().filter(|w| **w != 0).count() > n, "most of both caches was written on {name}");
+    }
+}
+
+/// A case of attention, its outputs, and room for segments.
+struct Case {
+    op: Attention,
+    role: Role,
+    /// Rows whose segments there is room for at once.
+    room: usize,
+}
+
+fn op([h, hk, dh, window]: [u32; 4], capacity: u32, format: CacheFormat) -> Attention {
+    let page = page(capacity as usize) as u32;
+    Attention { h, hk, dh, window, page, pages: capacity / page, format, segments: 0, first: 0, rows: 0 }
+}
+
+fn attention_case(b: &mut Bench, case: &Case, rows: &[Row], which: std::ops::Range<usize>) -> (Program, Vec<Slice>) {
+    let op = case.op;
+    let [h, hk, dh] = [op.h, op.hk, op.dh].map(|n| n as usize);
+    let mut random = Random((dh + op.window as usize) as u64);
+    let width = (h + 2 * hk) * dh;
+    let qkv = random.f32s(rows.len() * width);
+    let kv = cache(b, &mut random, op.format, (op.page * op.pages) as usize, hk * dh, 2);
+    let sinks = (op.window != 13).then(|| b.input(&random.bf16s(h + h % 2)));
+    let t = which.len();
+    let (qkv, rows) = (b.input(&qkv[which.start * width..which.end * width]), b.input(&rows[which]));
+    let parts = b.output(case.room * h * 8 * (dh + 4));
+    let a = b.output(t * h * dh);
+    let mut p = program(t).of(case.role);
+    p.attention(op, [rows, qkv, parts], kv, sinks, a);
+    (p, vec![a])
+}
+
+#[test]
+fn attention() {
+    for format in [CacheFormat::F32, CacheFormat::Bf16] {
+        for (shape, capacity, last) in [
+            ([1, 1, 4, 0], 1, 0),      // one key
+            ([8, 2, 32, 0], 300, 299), // several tiles, the last one partial
+            ([6, 2, 64, 13], 20, 500), // a window inside a ring that has wrapped many times; without sinks
+            ([6, 2, 64, 0], 100, 99),
+            ([24, 2, 20, 0], 1000, 970), // twelve heads share keys; teams of five lanes
+            ([4, 4, 128, 128], 200, 450),
+            ([2, 1, 256, 64], 64, 63),   // the window is the whole ring
+            ([4, 2, 64, 200], 256, 700), // a window of two segments
+        ] {
+            let op = op(shape, capacity, format);
+            // A dot product of Dh, then a weighted mean of the keys; scores pass through exp.
+            let tolerance = 2.0 * sum_tolerance((op.dh + last) as usize);
+            for role in [Role::Prompt, Role::Generated { reach: last + 1 }] {
+                let case = Case { op, role, room: 2 };
+                let rows = mixed_rows(5, 2, last);
+                check(&format!("{op:?} {role:?}"), tolerance, |b| attention_case(b, &case, &rows, 0..5));
+            }
+        }
+    }
+}
+
+#[test]
+fn a_row_of_attention_does_not_depend_on_its_neighbours_or_the_room_for_segments() {
+    let op = op([6, 2, 64, 0], 300, CacheFormat::F32);
+    let rows = mixed_rows(5, 2, 299);
+    for (_, device) in gpus() {
+        for role in [Role::Prompt, Role::Generated { reach: 300 }] {
+            let all = output_of(device, |b| attention_case(b, &Case { op, role, room: 5 }, &rows, 0..5));
+            let by_two = output_of(device, |b| attention_case(b, &Case { op, role, room: 2 }, &rows, 0..5));
+            assert!(by_two == all, "rows by twos have other bits");
+            for row in 0..5 {
+                let (reach, case) = (rows[row].position + 1, |role| Case { op, role, room: 1 });
+                let role = if role == Role::Prompt { role } else { Role::Generated { reach } };
+                let alone = output_of(device, |b| attention_case(b, &case(role), &rows, row..row + 1));
+                assert!(alone == all[row * 384..(row + 1) * 384], "row {row} alone has other bits");
+            }
+        }
+    }
+}

@@ -29,13 +29,19 @@ const WG = LANES * 8u;
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) lane: u32) {
     let row = group.x * (D / 4u);
     var share = 0.0;
-    for (var i = lane; i < D / 4u; i += WG) {
-        let sum = x[row + i] + addend(group.x, i, D / 4u);
-        x[row + i] = sum;
-        share = squares(sum, share);
+    for (var n = 0u; n * WG < D / 4u; n++) { // as often for every lane, so that all is loaded at once
+        let i = n * WG + lane;
+        if i < D / 4u {
+            let sum = x[row + i] + addend(group.x, i, D / 4u);
+            x[row + i] = sum;
+            share = squares(sum, share);
+        }
     }
     let scale = inverse_rms(share, lane);
-    for (var i = lane; i < D / 4u; i += WG) {
-        h[row + i] = x[row + i] * scale * bf16x4(g[i].x, g[i].y); // a lane reads what it wrote itself
+    for (var n = 0u; n * WG < D / 4u; n++) {
+        let i = n * WG + lane;
+        if i < D / 4u {
+            h[row + i] = x[row + i] * scale * bf16x4(g[i].x, g[i].y); // a lane reads what it wrote itself
+        }
     }
 }

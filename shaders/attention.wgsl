@@ -13,7 +13,7 @@
 // out       a       slot  [T, H DH], or each segment's part of it
 // override  H, HK, DH, PAGE, PAGES, WINDOW, HEADS, FIRST; WINDOW 0: every earlier key is visible; FIRST: the first row
 // slots     cache, sink, result
-// requires  DH a multiple of 4 and at most 256; H a multiple of HK, H / HK of HEADS, HEADS at most 8
+// requires  DH a multiple of 4 and at most 256; H a multiple of HK, H / HK of HEADS, HEADS at most 4
 // twin      src/ops/attention.rs
 //
 // Keys come in tiles of 128 counted from the first visible one, so the order of every sum follows from the position
@@ -31,12 +31,13 @@ override DH: u32;
 override WINDOW: u32;
 override HEADS: u32;
 override FIRST: u32;
-const MOST = 8u;
-const SHARES = 16u;
+const MOST = 4u;
+const SHARES = 32u; // lanes that look at one head's scores together
 @group(0) @binding(0) var<storage, read> rows: array<Row>;
 @group(0) @binding(1) var<storage, read> qkv: array<vec4<f32>>;
 
-var<workgroup> query: array<vec4<f32>, MOST * 64u>;
+// Where the keys of the tile stand in the cache.
+var<workgroup> places: array<u32, KEYS>;
 var<workgroup> weights: array<f32, MOST * KEYS>;
 var<workgroup> meeting: array<vec4<f32>, KEYS>;
 // Of each head, over the tiles so far: the largest score, the sum of weights, and what the last tile shrank them by.
@@ -54,14 +55,12 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     let t = FIRST + group.y;
     let row = rows[t];
     let head = group.x * HEADS;
+    let query = (t * (H + 2u * HK) + head) * quads;
     let kv_head = head / (H / HK);
     let begin = first_key(row.position);
     let share = share_of(group.z, row.position + 1u - begin);
     let first = begin + share.x;
     let last = begin + share.y;
-    for (var i = lane; i < HEADS * quads; i += KEYS) {
-        query[i] = qkv[(t * (H + 2u * HK) + head) * quads + i];
-    }
     if lane < HEADS {
         largest[lane] = -3.0e38;
         total[lane] = 0.0;
@@ -70,26 +69,24 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     let teams = KEYS / quads;
     let quad = lane % quads;
     let each = (KEYS + teams - 1u) / teams;
-    // Lanes that look at one head's scores together.
     let looked = lane / SHARES;
     let place = lane % SHARES;
     var sums: array<vec4<f32>, MOST>;
     for (var tile = first; tile < last; tile += KEYS) {
-        workgroupBarrier(); // queries are there, or all lanes are done with the tile before
-        let j = tile + lane;
+        let j = min(tile + lane, last - 1u);
+        let mine = (cache_row(row.sequence, j) * HK + kv_head) * quads;
         var dots: array<f32, MOST>;
-        if j < last {
-            let k = (cache_row(row.sequence, j) * HK + kv_head) * quads;
-            for (var i = 0u; i < quads; i++) {
-                let key = key4(k + i);
-                for (var h = 0u; h < HEADS; h++) {
-                    dots[h] = dot4(query[h * quads + i], key, dots[h]);
-                }
+        for (var i = 0u; i < quads; i++) {
+            let key = key4(mine + i);
+            for (var h = 0u; h < HEADS; h++) {
+                dots[h] = dot4(qkv[query + h * quads + i], key, dots[h]);
             }
         }
+        workgroupBarrier(); // all lanes are done with the tile before
+        places[lane] = mine;
         for (var h = 0u; h < HEADS; h++) {
             // Keys past the end weigh e^-inf = 0.
-            weights[h * KEYS + lane] = select(-3.0e38, dots[h] / sqrt(f32(DH)), j < last);
+            weights[h * KEYS + lane] = select(-3.0e38, dots[h] / sqrt(f32(DH)), tile + lane < last);
         }
         workgroupBarrier(); // all scores of the tile are there
         var most = -3.0e38;
@@ -123,14 +120,13 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         for (var h = 0u; h < HEADS; h++) {
             sums[h] *= shrink[h];
         }
-        let from_key = team * each;
-        let until_key = min(min(from_key + each, KEYS), last - tile);
-        if team < teams {
-            for (var i = from_key; i < until_key; i++) {
-                let v = value4((cache_row(row.sequence, tile + i) * HK + kv_head) * quads + quad);
-                for (var h = 0u; h < HEADS; h++) {
-                    sums[h] = fma(vec4<f32>(weights[h * KEYS + i]), v, sums[h]);
-                }
+        for (var n = 0u; n < each; n++) {
+            // The last keys stand for those past the end, with weights of zero.
+            let i = min(team * each + n, KEYS - 1u);
+            let v = value4(places[i] + quad);
+            let live = team < teams && team * each + n < KEYS;
+            for (var h = 0u; h < HEADS; h++) {
+                sums[h] = fma(vec4<f32>(select(0.0, weights[h * KEYS + i], live)), v, sums[h]);
             }
         }
         workgroupBarrier(); // the sums of all shares are there

@@ -24,11 +24,17 @@ const WG = LANES * 8u; // many lanes, since one row is all there is to do
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) lane: u32) {
     let row = group.x * (D / 4u);
     var share = 0.0;
-    for (var i = lane; i < D / 4u; i += WG) {
-        share = squares(x[row + i], share);
+    for (var n = 0u; n * WG < D / 4u; n++) { // as often for every lane, so that all is loaded at once
+        let i = n * WG + lane;
+        if i < D / 4u {
+            share = squares(x[row + i], share);
+        }
     }
     let scale = inverse_rms(share, lane);
-    for (var i = lane; i < D / 4u; i += WG) {
-        y[row + i] = x[row + i] * scale * bf16x4(g[i].x, g[i].y);
+    for (var n = 0u; n * WG < D / 4u; n++) {
+        let i = n * WG + lane;
+        if i < D / 4u {
+            y[row + i] = x[row + i] * scale * bf16x4(g[i].x, g[i].y);
+        }
     }
 }

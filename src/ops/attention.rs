@@ -14,7 +14,7 @@ const KEYS: u32 = 128;
 /// Most segments that a row's keys are shared among.
 pub(crate) const SEGMENTS: u32 = 64;
 /// Most query heads of one workgroup.
-const HEADS: u32 = 8;
+const HEADS: u32 = 4;
 
 /// Constants.
 #[derive(Clone, Copy, Debug, PartialEq)]

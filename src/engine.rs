@@ -5,7 +5,7 @@ use crate::config::{Config, GenerationConfig};
 use crate::decode::Ahead;
 use crate::device::{self, Buffer, Device, cpu::Cpu, gpu};
 use crate::error::{Error, Result};
-use crate::model::{Found, Model, Plan, Progress, State};
+use crate::model::{Found, Model, Needs, Plan, Progress, State};
 use crate::ops::{Activations, CacheFormat, Row, STATS_WORDS, Step};
 use crate::oracle;
 use crate::program::{HostStages, Program, Role, Slice, Stage};
@@ -239,6 +239,11 @@ impl Engine {
     /// What the checkpoint holds besides weights: calibrated scales, counts by format.
     pub fn found(&self) -> &Found {
         self.inner.model.found()
+    }
+
+    /// What the model and a session take of the device's memory.
+    pub fn needs(&self) -> &Needs {
+        self.inner.model.needs()
     }
 
     /// What enters the products with NVFP4 weights.

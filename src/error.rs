@@ -61,6 +61,23 @@ pub enum Error {
         /// What to do about it.
         hint: &'static str,
     },
+    /// A model, and a conversation with it, do not fit into the device's memory. Found before anything was uploaded, and
+    /// what was taken is given back.
+    #[error(
+        "out of memory: the model takes {} on {device} and a conversation {} more, but only {} could be had: {}",
+        size(*model_bytes), size(*session_bytes), size(*allocated_bytes),
+        remedy(*model_bytes, *allocated_bytes)
+    )]
+    DoesNotFit {
+        /// Adapter and backend.
+        device: String,
+        /// Bytes of the weights, and of tables beside them.
+        model_bytes: u64,
+        /// Bytes of a conversation: its KV cache and activations.
+        session_bytes: u64,
+        /// Bytes that could be allocated before the device refused.
+        allocated_bytes: u64,
+    },
     /// The device was lost (driver reset, unplugged, watchdog); the engine must be built again.
     #[error("the device was lost: {0}; build the engine again")]
     DeviceLost(String),
@@ -76,6 +93,26 @@ pub enum Error {
         /// The largest context that the model allows.
         limit: usize,
     },
+}
+
+/// What to do where a device has room for `allocated` bytes: not even for the model, or for no conversation beside it.
+fn remedy(model: u64, allocated: u64) -> &'static str {
+    if allocated < model {
+        "choose a smaller model, another adapter (--adapter; `fourfold devices` lists them), or --device cpu"
+    } else {
+        "choose a smaller --context, --kv bf16, a smaller --chunk, or another --adapter"
+    }
+}
+
+/// Bytes for people: `20.2 MiB`.
+pub fn size(n: u64) -> String {
+    let units = ["bytes", "KiB", "MiB", "GiB", "TiB"];
+    let step = (n.max(1).ilog2() / 10).min(4);
+    if step == 0 {
+        format!("{n} bytes")
+    } else {
+        format!("{:.1} {}", n as f64 / f64::from(step * 10).exp2(), units[step as usize])
+    }
 }
 
 /// The library's result.

@@ -57,7 +57,7 @@ pub use engine::{
     Cancel, DEFAULT_CHUNK, DEFAULT_CONTEXT, DeviceChoice, Edit, Engine, EngineBuilder, See, Session, Want, Watch,
 };
 pub use error::{Error, Result};
-pub use model::{Found, InputScale, Progress};
+pub use model::{Found, InputScale, Needs, Progress, WeightKind};
 pub use ops::{Activations, CacheFormat};
 pub use program::HostStages;
 pub use reply::{Finish, Reply, ReplyOptions, Stats, Token};

@@ -1,11 +1,18 @@
-//! Checkpoints of true shapes with random weights, for measuring: `synth:gpt-oss-20b`.
+//! Checkpoints of true shapes with random weights, for measuring: `synth:gpt-oss-20b` in memory, or written as files.
 //!
 //! Codes are uniform, scales sane (a row's norm is about one, so activations stay finite and routing is spread). All
 //! tensors are windows into a few arenas, each at an offset of its own: nothing of the size of the model stands in host
 //! memory. There is no tokenizer: such a model takes and gives token ids.
 
+mod bytes;
+mod write;
+
+pub use write::{Progress, Written};
+
 use crate::checkpoint::{Checkpoint, Dtype, Mapping, Part};
 use crate::error::{Error, Result};
+use crate::format::Format;
+use bytes::{ARENAS, Arena, Bytes};
 use serde_json::{Value, json};
 use std::path::Path;
 
@@ -15,21 +22,11 @@ const PREFIX: &str = "synth:";
 /// The shapes there are.
 pub const SHAPES: [&str; 3] = ["gpt-oss-20b", "gpt-oss-120b", "qwen3-30b-a3b"];
 
-/// Opens what a user may name as a model: a Hugging Face directory, or `synth:SHAPE`, or `synth:SHAPE:LAYERS`.
+/// Opens what a user may name as a model: a Hugging Face directory, or `synth:SHAPE[:LAYERS][:FORMAT]`.
 pub fn open(name: &Path, mapping: Mapping) -> Result<Checkpoint> {
     match name.to_str().and_then(|name| name.strip_prefix(PREFIX)) {
         None => Checkpoint::open(name, mapping),
-        Some(rest) => {
-            let (shape, layers) = match rest.split_once(':') {
-                None => (rest, None),
-                Some((shape, layers)) => {
-                    let fault =
-                        || Error::option("model", format!("{layers} is no number of layers: synth:SHAPE:LAYERS"));
-                    (shape, Some(layers.parse().map_err(|_| fault())?))
-                }
-            };
-            checkpoint(shape, layers)
-        }
+        Some(rest) => Recipe::parse(rest)?.checkpoint(),
     }
 }
 
@@ -38,28 +35,57 @@ pub fn open(name: &Path, mapping: Mapping) -> Result<Checkpoint> {
 /// # Errors
 /// If there is no such shape, or it has fewer layers.
 pub fn checkpoint(shape: &str, layers: Option<usize>) -> Result<Checkpoint> {
-    let mut s = Synth::new(match shape {
-        "gpt-oss-20b" => gpt_oss(24, 32),
-        "gpt-oss-120b" => gpt_oss(36, 128),
-        "qwen3-30b-a3b" => qwen3_30b_a3b(),
-        other => {
-            return Err(Error::option("model", format!("there is no shape {other}; there are {}", SHAPES.join(", "))));
+    Recipe { layers, ..Recipe::new(shape) }.checkpoint()
+}
+
+/// What to make: a shape, how deep, in which format, from which seed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Recipe {
+    /// One of [`SHAPES`].
+    pub shape: String,
+    /// Its first layers only; all if none.
+    pub layers: Option<usize>,
+    /// The format of its linears (of a gpt-oss: its experts); the one of the published files if none. A gpt-oss is MXFP4
+    /// or NVFP4, a Qwen3 NVFP4 or BF16.
+    pub format: Option<Format>,
+    /// Another one gives other weights.
+    pub seed: u64,
+}
+
+impl Recipe {
+    /// A whole model in its usual format.
+    pub fn new(shape: impl Into<String>) -> Self {
+        Self { shape: shape.into(), layers: None, format: None, seed: 0 }
+    }
+
+    /// What stands behind `synth:` in a name: `SHAPE`, then a number of layers, a format, or both.
+    ///
+    /// # Errors
+    /// If a part is neither.
+    pub fn parse(name: &str) -> Result<Self> {
+        let mut parts = name.split(':');
+        let mut recipe = Self::new(parts.next().unwrap_or_default());
+        for part in parts {
+            let format = [Format::Mxfp4, Format::Nvfp4, Format::Bf16].into_iter().find(|f| f.name() == part);
+            match (format, part.parse()) {
+                (Some(format), _) if recipe.format.is_none() => recipe.format = Some(format),
+                (_, Ok(layers)) if recipe.layers.is_none() => recipe.layers = Some(layers),
+                _ => {
+                    let reason = format!("{part} is no number of layers and no format: synth:SHAPE[:LAYERS][:FORMAT]");
+                    return Err(Error::option("model", reason));
+                }
+            }
         }
-    });
-    let all = s.int("num_hidden_layers");
-    let layers = layers.unwrap_or(all);
-    if layers == 0 || layers > all {
-        return Err(Error::option("model", format!("{shape} has 1 to {all} layers, not {layers}")));
+        Ok(recipe)
     }
-    s.config["num_hidden_layers"] = layers.into();
-    if let Some(types) = s.config.get_mut("layer_types").and_then(Value::as_array_mut) {
-        types.truncate(layers);
+
+    /// The checkpoint, in memory.
+    ///
+    /// # Errors
+    /// If there is no such shape, or it has fewer layers, or does not come in the format.
+    pub fn checkpoint(&self) -> Result<Checkpoint> {
+        Synth::new(self)?.checkpoint(&format!("{PREFIX}{}", self.shape), self.seed)
     }
-    match s.config["model_type"].as_str() {
-        Some("gpt_oss") => s.gpt_oss_tensors(layers),
-        _ => s.qwen3_moe_tensors(layers),
-    }
-    s.finish(&format!("{PREFIX}{shape}"))
 }
 
 fn gpt_oss(layers: usize, experts: usize) -> Value {
@@ -74,7 +100,6 @@ fn gpt_oss(layers: usize, experts: usize) -> Value {
         "rope_theta": 150_000, "rope_scaling": {
             "rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": false,
             "original_max_position_embeddings": 4096 },
-        "quantization_config": { "quant_method": "mxfp4" },
     })
 }
 
@@ -87,46 +112,91 @@ fn qwen3_30b_a3b() -> Value {
         "decoder_sparse_step": 1, "mlp_only_layers": [], "max_position_embeddings": 40_960, "rms_norm_eps": 1e-6,
         "rope_theta": 1_000_000.0, "rope_scaling": null, "use_sliding_window": false, "sliding_window": null,
         "tie_word_embeddings": false, "eos_token_id": 151_645,
-        "quantization_config": { "quant_method": "modelopt", "quant_algo": "W4A16_NVFP4",
-            "producer": { "name": "fourfold synth", "version": "1" },
-            "config_groups": { "group_0": { "targets": ["Linear"],
-                "weights": { "dynamic": false, "num_bits": 4, "type": "float", "group_size": 16 } } },
-            "ignore": ["lm_head", "model.embed_tokens", "*.mlp.gate"] },
     })
 }
 
-/// Random bytes of one kind, from which tensors take windows.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Arena {
-    /// Any byte.
-    Codes,
-    /// Scales of MXFP4: a row of uniform codes times these has a norm of about one.
-    E8m0,
-    /// Scales of NVFP4 from 64 to 448.
-    E4m3,
-    /// Normal numbers whose rows have a norm of about one.
-    Bf16,
-    /// Ones.
-    Gains,
-    /// The one f32 of NVFP4 tensors.
-    Globals,
+/// As ModelOpt declares NVFP4 weights.
+fn modelopt(ignore: &[&str]) -> Value {
+    json!({ "quant_method": "modelopt", "quant_algo": "W4A16_NVFP4",
+        "producer": { "name": "fourfold synth", "version": "1" },
+        "config_groups": { "group_0": { "targets": ["Linear"],
+            "weights": { "dynamic": false, "num_bits": 4, "type": "float", "group_size": 16 } } },
+        "ignore": ignore })
 }
-
-const ARENAS: [Arena; 6] = [Arena::Codes, Arena::E8m0, Arena::E4m3, Arena::Bf16, Arena::Gains, Arena::Globals];
 
 /// Room for windows to differ in.
 const SLACK: usize = 1 << 20;
 
 struct Synth {
     config: Value,
+    format: Format,
     parts: Vec<Part>,
     /// Bytes of the largest window into each arena.
     largest: [usize; 6],
 }
 
 impl Synth {
-    fn new(config: Value) -> Self {
-        Self { config, parts: Vec::new(), largest: [0; 6] }
+    fn new(recipe: &Recipe) -> Result<Self> {
+        let shape = recipe.shape.as_str();
+        let (config, formats) = match shape {
+            "gpt-oss-20b" => (gpt_oss(24, 32), [Format::Mxfp4, Format::Nvfp4]),
+            "gpt-oss-120b" => (gpt_oss(36, 128), [Format::Mxfp4, Format::Nvfp4]),
+            "qwen3-30b-a3b" => (qwen3_30b_a3b(), [Format::Nvfp4, Format::Bf16]),
+            other => {
+                let shapes = SHAPES.join(", ");
+                return Err(Error::option("model", format!("there is no shape {other}; there are {shapes}")));
+            }
+        };
+        let format = recipe.format.unwrap_or(formats[0]);
+        if !formats.contains(&format) {
+            let reason = format!("{shape} is made in {} or {}, not in {format}", formats[0].name(), formats[1].name());
+            return Err(Error::option("format", reason));
+        }
+        let mut s = Self { config, format, parts: Vec::new(), largest: [0; 6] };
+        let all = s.int("num_hidden_layers");
+        let layers = recipe.layers.unwrap_or(all);
+        if layers == 0 || layers > all {
+            return Err(Error::option("layers", format!("{shape} has 1 to {all} layers, not {layers}")));
+        }
+        s.config["num_hidden_layers"] = layers.into();
+        if let Some(types) = s.config.get_mut("layer_types").and_then(Value::as_array_mut) {
+            types.truncate(layers);
+        }
+        let gpt_oss = s.config["model_type"] == "gpt_oss";
+        let quantization = match format {
+            Format::Mxfp4 => Some(json!({ "quant_method": "mxfp4" })),
+            Format::Nvfp4 if gpt_oss => {
+                Some(modelopt(&["lm_head", "model.embed_tokens", "*.self_attn.*", "*.mlp.router"]))
+            }
+            Format::Nvfp4 => Some(modelopt(&["lm_head", "model.embed_tokens", "*.mlp.gate"])),
+            _ => None,
+        };
+        if let Some(quantization) = quantization {
+            s.config["quantization_config"] = quantization;
+        }
+        s.tensors(layers);
+        Ok(s)
+    }
+
+    fn tensors(&mut self, layers: usize) {
+        match self.config["model_type"].as_str() {
+            Some("gpt_oss") => self.gpt_oss_tensors(layers),
+            _ => self.qwen3_moe_tensors(layers),
+        }
+    }
+
+    fn checkpoint(&self, name: &str, seed: u64) -> Result<Checkpoint> {
+        let bytes = self.bytes(seed);
+        let arenas = ARENAS.map(|arena| match self.largest[arena as usize] {
+            0 => Vec::new(),
+            largest => bytes.arena(arena, largest + SLACK),
+        });
+        let config = serde_json::to_vec(&self.config).expect("a value of our own");
+        Checkpoint::from_parts(name, vec![("config.json", config)], arenas.into(), self.parts.clone())
+    }
+
+    fn bytes(&self, seed: u64) -> Bytes {
+        Bytes::new(self.int("hidden_size"), seed)
     }
 
     fn int(&self, key: &str) -> usize {
@@ -176,10 +246,16 @@ impl Synth {
             self.bf16(n("mlp.router.weight"), &[e, d]);
             self.bf16(n("mlp.router.bias"), &[e]);
             for (name, rows, k) in [("gate_up_proj", 2 * f, d), ("down_proj", d, f)] {
-                let n = |what: &str| n(&format!("mlp.experts.{name}_{what}"));
-                self.add(n("blocks"), Arena::Codes, Dtype::U8, &[e, rows, k / 32, 16]);
-                self.add(n("scales"), Arena::E8m0, Dtype::U8, &[e, rows, k / 32]);
-                self.bf16(n("bias"), &[e, rows]);
+                let n = |what: &str| n(&format!("mlp.experts.{name}{what}"));
+                if self.format == Format::Mxfp4 {
+                    self.add(n("_blocks"), Arena::Codes, Dtype::U8, &[e, rows, k / 32, 16]);
+                    self.add(n("_scales"), Arena::E8m0, Dtype::U8, &[e, rows, k / 32]);
+                } else {
+                    self.add(n(""), Arena::Codes, Dtype::U8, &[e, rows, k / 2]);
+                    self.add(n("_weight_scale"), Arena::E4m3, Dtype::F8E4M3, &[e, rows, k / 16]);
+                    self.add(n("_weight_scale_2"), Arena::Globals, Dtype::F32, &[e]);
+                }
+                self.bf16(n("_bias"), &[e, rows]);
             }
         }
     }
@@ -193,7 +269,7 @@ impl Synth {
             let attention =
                 [("q_proj", h * dh, d), ("k_proj", hk * dh, d), ("v_proj", hk * dh, d), ("o_proj", d, h * dh)];
             for (name, rows, k) in attention {
-                self.nvfp4(n(&format!("self_attn.{name}")), [rows, k]);
+                self.linear(n(&format!("self_attn.{name}")), [rows, k]);
             }
             for name in ["self_attn.q_norm.weight", "self_attn.k_norm.weight"] {
                 self.gain(n(name), dh);
@@ -203,90 +279,20 @@ impl Synth {
             self.bf16(n("mlp.gate.weight"), &[e, d]);
             for expert in 0..e {
                 for (name, rows, k) in [("gate_proj", f, d), ("up_proj", f, d), ("down_proj", d, f)] {
-                    self.nvfp4(n(&format!("mlp.experts.{expert}.{name}")), [rows, k]);
+                    self.linear(n(&format!("mlp.experts.{expert}.{name}")), [rows, k]);
                 }
             }
         }
     }
 
-    fn nvfp4(&mut self, module: String, [n, k]: [usize; 2]) {
+    fn linear(&mut self, module: String, [n, k]: [usize; 2]) {
+        if self.format == Format::Bf16 {
+            return self.bf16(format!("{module}.weight"), &[n, k]);
+        }
         self.add(format!("{module}.weight"), Arena::Codes, Dtype::U8, &[n, k / 2]);
         self.add(format!("{module}.weight_scale"), Arena::E4m3, Dtype::F8E4M3, &[n, k / 16]);
         self.add(format!("{module}.weight_scale_2"), Arena::Globals, Dtype::F32, &[]);
     }
-
-    fn finish(self, name: &str) -> Result<Checkpoint> {
-        let d = self.int("hidden_size") as f64;
-        // The root mean square of E2M1 codes is 2.93.
-        let norm = 1.0 / d.sqrt();
-        let e8m0 = (norm / 2.93).log2().round() as i32 + 127;
-        let normal = normal_table(norm);
-        let global = (norm / (2.93 * 200.0)) as f32;
-        let fill = |arena: Arena, len: usize| -> Vec<u8> {
-            match arena {
-                Arena::Codes => random(len, 1, |r, out| out.copy_from_slice(&r.to_le_bytes()[..out.len()])),
-                Arena::E8m0 => random(len, 2, |r, out| {
-                    out.iter_mut().zip(r.to_le_bytes()).for_each(|(o, b)| *o = (e8m0 - 1) as u8 + b % 3);
-                }),
-                Arena::E4m3 => random(len, 3, |r, out| {
-                    out.iter_mut().zip(r.to_le_bytes()).for_each(|(o, b)| *o = 0x68 + b % 23);
-                }),
-                Arena::Bf16 => random(len, 4, |r, out| {
-                    for (i, pair) in out.chunks_exact_mut(2).enumerate() {
-                        pair.copy_from_slice(&normal[(r >> (16 * i)) as usize & 0xfff].to_le_bytes());
-                    }
-                }),
-                Arena::Gains => [0x80, 0x3f].repeat(len.div_ceil(2)),
-                Arena::Globals => global.to_le_bytes().repeat(len.div_ceil(4)),
-            }
-        };
-        let arenas = ARENAS.map(|arena| match self.largest[arena as usize] {
-            0 => Vec::new(),
-            largest => fill(arena, largest + SLACK),
-        });
-        let config = serde_json::to_vec(&self.config).expect("a value of our own");
-        Checkpoint::from_parts(name, vec![("config.json", config)], arenas.into(), self.parts)
-    }
-}
-
-/// 4096 bf16 numbers whose distribution is normal with this standard deviation, in no order.
-fn normal_table(sigma: f64) -> Vec<u16> {
-    let mut state = 7;
-    let uniform = |state: &mut u64| splitmix(state) as f64 / u64::MAX as f64;
-    let sum = |state: &mut u64| (0..12).map(|_| uniform(state)).sum::<f64>() - 6.0;
-    (0..4096).map(|_| half::bf16::from_f64(sum(&mut state) * sigma).to_bits()).collect()
-}
-
-/// `len` bytes, eight from each random number, made by all cores.
-fn random(len: usize, seed: u64, fill: impl Fn(u64, &mut [u8]) + Sync) -> Vec<u8> {
-    const PIECE: usize = 1 << 22;
-    let mut bytes = vec![0; len];
-    let threads = std::thread::available_parallelism().map_or(1, usize::from);
-    let per_thread = len.div_ceil(threads).next_multiple_of(PIECE);
-    std::thread::scope(|scope| {
-        for (i, run) in bytes.chunks_mut(per_thread).enumerate() {
-            let fill = &fill;
-            scope.spawn(move || {
-                for (j, piece) in run.chunks_mut(PIECE).enumerate() {
-                    // By place, so that the bytes do not depend on the number of cores.
-                    let mut state = seed << 56 ^ ((i * per_thread / PIECE + j) as u64) << 24;
-                    for eight in piece.chunks_mut(8) {
-                        fill(splitmix(&mut state), eight);
-                    }
-                }
-            });
-        }
-    });
-    bytes
-}
-
-/// Steele, Lea and Flood's generator: good enough for weights that mean nothing.
-fn splitmix(state: &mut u64) -> u64 {
-    *state = state.wrapping_add(0x9e37_79b9_7f4a_7c15);
-    let mut z = *state;
-    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-    z ^ (z >> 31)
 }
 
 #[cfg(test)]
@@ -296,24 +302,30 @@ mod tests {
     #[test]
     fn sizes_are_those_of_the_published_files() {
         // model.safetensors.index.json of openai/gpt-oss-20b: total_size. Only shapes are asked for here, not bytes.
-        let total = |shape: Value, gpt_oss: bool| {
-            let mut s = Synth::new(shape);
-            let layers = s.int("num_hidden_layers");
-            if gpt_oss {
-                s.gpt_oss_tensors(layers)
-            } else {
-                s.qwen3_moe_tensors(layers)
-            }
+        let total = |name: &str| {
+            let s = Synth::new(&Recipe::parse(name).unwrap()).unwrap();
             s.parts.iter().map(|part| part.range.len() as u64).sum::<u64>()
         };
-        assert_eq!(total(gpt_oss(24, 32), true), 13_761_264_768);
-        assert_eq!(total(gpt_oss(36, 128), true), 65_248_815_744);
-        assert!(total(qwen3_30b_a3b(), false) > 17_000_000_000);
+        assert_eq!(total("gpt-oss-20b"), 13_761_264_768);
+        assert_eq!(total("gpt-oss-120b"), 65_248_815_744);
+        assert!(total("qwen3-30b-a3b") > 17_000_000_000);
+        // Qwen/Qwen3-30B-A3B, the same.
+        assert_eq!(total("qwen3-30b-a3b:bf16"), 61_064_245_248);
     }
 
     #[test]
-    fn unknown_shapes_and_depths_are_refused() {
-        for name in ["synth:gpt-5", "synth:gpt-oss-20b:0", "synth:gpt-oss-20b:25", "synth:gpt-oss-20b:x"] {
+    fn unknown_shapes_depths_and_formats_are_refused() {
+        for name in [
+            "synth:gpt-5",
+            "synth:",
+            "synth:gpt-oss-20b:0",
+            "synth:gpt-oss-20b:25",
+            "synth:gpt-oss-20b:x",
+            "synth:gpt-oss-20b:1:2",
+            "synth:gpt-oss-20b:bf16",
+            "synth:qwen3-30b-a3b:1:mxfp4",
+            "synth:qwen3-30b-a3b:nvfp4:bf16",
+        ] {
             assert!(matches!(open(Path::new(name), Mapping::Mmap), Err(Error::Option { .. })), "{name}");
         }
     }

@@ -13,7 +13,7 @@ const STORY: &str = "Once upon a time";
 /// The program without what the caller's environment says.
 pub fn program() -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_fourfold"));
-    command.env_remove("FOURFOLD_MODEL").env_remove("RUST_LOG").stdin(Stdio::null());
+    command.env_remove("FOURFOLD_MODEL").env_remove("RUST_LOG").env("FOURFOLD_CACHE", "off").stdin(Stdio::null());
     command
 }
 
@@ -266,6 +266,17 @@ fn inspect_lists_suspicious_scales_and_says_what_is_refused() {
     }
     let report = fourfold(&["inspect"]);
     assert!(out(&report).contains("no suspicious scale in any layer"), "{}", out(&report));
+}
+
+#[test]
+fn synth_says_what_it_does_not_make() {
+    let dir = std::env::temp_dir().join(format!("fourfold-cli-synth-{}", std::process::id()));
+    let dst = dir.to_str().unwrap();
+    fails(&["synth", "--shape", "gpt-5", dst], 2, &["gpt-oss-20b", "qwen3-30b-a3b"]);
+    fails(&["synth", "--shape", "gpt-oss-20b", "--format", "bf16", dst], 2, &["format", "mxfp4 or nvfp4"]);
+    fails(&["synth", "--shape", "qwen3-30b-a3b", "--layers", "49", dst], 2, &["layers", "1 to 48"]);
+    assert!(!dir.exists());
+    fails(&["synth", "--shape", "gpt-oss-20b", "--layers", "1", env!("CARGO_MANIFEST_DIR")], 2, &["is not empty"]);
 }
 
 #[test]

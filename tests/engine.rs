@@ -289,7 +289,7 @@ fn bad_requests_are_errors_that_name_them() {
 }
 
 /// A device of the test's own, as an application would make it.
-fn own_wgpu() -> Option<(wgpu::Device, wgpu::Queue)> {
+pub fn own_wgpu() -> Option<(wgpu::Device, wgpu::Queue)> {
     gpu()?;
     let instance = wgpu::Instance::new(wgpu::InstanceDescriptor::new_without_display_handle());
     let wanted = crate::harness::gpu()?.describe();
@@ -330,8 +330,8 @@ fn an_application_may_bring_a_device_with_no_features() {
 #[test]
 fn too_large_a_buffer_is_an_error_before_it_is_made() {
     let Some(small) = crate::harness::small_binding_gpu(1 << 16) else { return };
-    let engine = engine("tiny", own(&small), 400, 8);
-    let error = engine.session().unwrap_err().to_string();
+    let builder = Engine::builder().checkpoint(fixture("tiny")).device(own(&small));
+    let error = builder.context(400).chunk(8).build().unwrap_err().to_string();
     assert!(error.contains("KV cache") && error.contains("65536"), "{error}");
 }
 

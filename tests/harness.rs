@@ -21,7 +21,11 @@ pub fn cpu() -> Arc<dyn Device> {
 pub fn gpus() -> &'static [Named] {
     static GPUS: OnceLock<Vec<Named>> = OnceLock::new();
     GPUS.get_or_init(|| {
-        let plain = gpu::Options { adapter: std::env::var("FOURFOLD_TEST_ADAPTER").ok(), ..Default::default() };
+        let plain = gpu::Options {
+            adapter: std::env::var("FOURFOLD_TEST_ADAPTER").ok(),
+            pipeline_cache: gpu::PipelineCache::Off,
+            ..Default::default()
+        };
         let no_subgroups = gpu::Options { without_subgroups: true, ..plain.clone() };
         let checked = gpu::Options { checked_shaders: true, ..plain.clone() };
         let table = gpu::Options { table_decode: true, ..plain.clone() };
@@ -58,7 +62,8 @@ pub fn gpu() -> Option<Arc<dyn Device>> {
 pub fn small_binding_gpu(bytes: u64) -> Option<Arc<dyn Device>> {
     gpu()?;
     let adapter = std::env::var("FOURFOLD_TEST_ADAPTER").ok();
-    let options = gpu::Options { adapter, max_binding_bytes: Some(bytes), ..Default::default() };
+    let pipeline_cache = gpu::PipelineCache::Off;
+    let options = gpu::Options { adapter, max_binding_bytes: Some(bytes), pipeline_cache, ..Default::default() };
     Some(Arc::new(Gpu::open(&options).expect("it opened before")))
 }
 

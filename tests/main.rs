@@ -11,6 +11,7 @@ mod faults; // planted faults, each of which `bisect` must name
 mod format; // number formats against outside vectors, exhaustively
 mod inspect; // `inspect` for every family and producer, bad scales; `trace` against calibration
 mod kernels; // every kernel x shape x slot filling against its twin; bits independent of neighbours
+mod loading; // large writes, memory that does not suffice, compiled pipelines on disk
 mod models; // tiny checkpoints: GPU = twins = golden of other people's code
 mod mutator; // breaks checkpoints for `checkpoint`
 mod oracle; // known answers: every device right, every wrong device noticed; the trace that transformers recorded

@@ -100,7 +100,7 @@ fn every_source_file_says_what_it_owns() {
 
 #[test]
 fn unsafe_is_where_it_is_allowed() {
-    let allowed = ["src/checkpoint/bytes.rs", "src/device/gpu/pipeline.rs"];
+    let allowed = ["src/checkpoint/bytes.rs", "src/device/gpu/pipeline.rs", "src/device/gpu/cache.rs"];
     for (path, text) in files("src", "rs") {
         let uses = text.lines().filter(|l| l.split("//").next().unwrap().contains("unsafe {")).count();
         assert!(uses == 0 || (allowed.contains(&path.as_str()) && uses == 1), "{path}: {uses} unsafe blocks");

@@ -11,6 +11,7 @@ mod index;
 pub(crate) mod json;
 mod scales;
 mod stored;
+pub(crate) mod write;
 
 use std::collections::{BTreeMap, HashSet};
 use std::ops::Range;

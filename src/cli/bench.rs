@@ -101,6 +101,7 @@ pub(super) fn bench(args: &Args) -> anyhow::Result<Ending> {
         return Ok(Ending::Done);
     }
     writeln!(out, "{} on {}", engine.name(), engine.device().describe())?;
+    writeln!(out, "{}", engine.needs())?;
     match &ceiling {
         Ok(ceiling) => writeln!(out, "memory reads at {:.0} GB/s (measured now)", ceiling / 1e9)?,
         Err(e) => writeln!(out, "no floor: {e}")?,

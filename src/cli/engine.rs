@@ -50,6 +50,9 @@ pub(super) struct EngineArgs {
     /// Behave as a GPU that binds no more than this
     #[arg(long, value_name = "N", hide = true)]
     max_binding_bytes: Option<u64>,
+    /// Behave as a GPU that has no more memory than this
+    #[arg(long, value_name = "N", hide = true)]
+    max_memory_bytes: Option<u64>,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -118,8 +121,11 @@ pub(super) fn scale_order(swizzled: bool) -> ScaleOrder {
 
 impl EngineArgs {
     pub(super) fn device(&self) -> anyhow::Result<DeviceChoice> {
-        let asks_for_gpu =
-            self.adapter.is_some() || self.checked_shaders || self.no_subgroups || self.max_binding_bytes.is_some();
+        let asks_for_gpu = self.adapter.is_some()
+            || self.checked_shaders
+            || self.no_subgroups
+            || self.max_binding_bytes.is_some()
+            || self.max_memory_bytes.is_some();
         match self.device {
             DeviceArg::Cpu if asks_for_gpu => {
                 Err(Usage("--device cpu does not go with options of a GPU (--adapter, --checked-shaders)".into())
@@ -153,7 +159,9 @@ impl EngineArgs {
             checked_shaders: self.checked_shaders,
             without_subgroups: self.no_subgroups,
             max_binding_bytes: self.max_binding_bytes,
+            max_memory_bytes: self.max_memory_bytes,
             table_decode: false,
+            pipeline_cache: gpu::PipelineCache::Auto,
         })
     }
 

@@ -13,6 +13,7 @@ mod oracle;
 mod quantize;
 mod run;
 mod screen;
+mod synth;
 mod terminal;
 mod trace;
 
@@ -34,6 +35,7 @@ Examples:
   fourfold diff a.safetensors b.safetensors     where two traces part
   fourfold bisect --prompt \"Hi\"                the stage that is wrong by itself: GPU against twins
   fourfold bench --model synth:gpt-oss-20b      tokens a second at a true shape, without its weights
+  fourfold synth --shape gpt-oss-20b DST        such a model as files
   fourfold devices                              which GPUs there are
   fourfold oracle                               whether they compute rightly
 
@@ -44,6 +46,10 @@ Exit codes:
   3    bad checkpoint: a file, tensor, tokenizer or template
   4    the context is full: prompt or answer did not fit
   130  stopped by Ctrl-C
+
+Environment:
+  FOURFOLD_MODEL   the model where no --model is given
+  FOURFOLD_CACHE   where compiled kernels are kept, instead of the user's cache folder; off: nowhere
 
 Without a command it is `fourfold run`: a chat on a terminal; in a pipe, an answer to what comes in on stdin.";
 
@@ -66,6 +72,8 @@ enum Command {
     Inspect(inspect::Args),
     /// Make an FP4 checkpoint: bf16 to MXFP4 or NVFP4, MXFP4 to NVFP4
     Quantize(Box<quantize::Args>),
+    /// Write a checkpoint of a true shape with random weights, to measure with
+    Synth(Box<synth::Args>),
     /// Perplexity on a text, and how far a model is from a reference
     Eval(Box<eval::Args>),
     /// Measure tokens a second, and what memory allows here
@@ -120,6 +128,7 @@ pub(crate) fn main() -> ExitCode {
         Command::Run(args) => run::run(&args, started),
         Command::Inspect(args) => inspect::inspect(&args),
         Command::Quantize(args) => quantize::quantize(&args, cli.verbose > 0),
+        Command::Synth(args) => synth::synth(&args),
         Command::Eval(args) => eval::eval(&args),
         Command::Bench(args) => bench::bench(&args),
         Command::Trace(args) => trace::trace(&args, cli.verbose > 0),

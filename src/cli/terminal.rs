@@ -57,13 +57,7 @@ pub(super) fn loading(quiet: bool) -> ProgressBar {
 
 /// `20.2 MiB`.
 pub(super) fn bytes(n: u64) -> String {
-    let units = ["bytes", "KiB", "MiB", "GiB", "TiB"];
-    let step = (n.max(1).ilog2() / 10).min(4);
-    if step == 0 {
-        format!("{n} bytes")
-    } else {
-        format!("{:.1} {}", n as f64 / f64::from(step * 10).exp2(), units[step as usize])
-    }
+    fourfold::model::size(n)
 }
 
 /// `25.0 M`.

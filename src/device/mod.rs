@@ -5,6 +5,7 @@
 pub mod cpu;
 pub mod gpu;
 pub mod rehearsal;
+pub mod reserved;
 
 use crate::error::Result;
 use crate::ops::Views;
@@ -21,6 +22,36 @@ pub trait Device: Send + Sync + fmt::Debug {
     fn free(&self, id: BufferId);
     /// Copy bytes to the head of a slice, before any program that runs later.
     fn write(&self, to: Slice, bytes: &[u8]) -> Result<()>;
+    /// Copy pieces of any length, one behind the other, to the head of a slice, as [`Device::write`] does. Zeros fill up
+    /// the last word.
+    fn write_pieces(&self, to: Slice, pieces: &[&[u8]]) -> Result<()> {
+        let mut offset = to.offset;
+        let mut put = |bytes: &[u8]| {
+            let at = Slice { offset, bytes: bytes.len() as u64, ..to };
+            offset += at.bytes;
+            self.write(at, bytes)
+        };
+        let mut short: Vec<u8> = Vec::new(); // of a whole word, between two pieces
+        for &piece in pieces {
+            let missing = if short.is_empty() { 0 } else { (4 - short.len()).min(piece.len()) };
+            let (head, rest) = piece.split_at(missing);
+            short.extend_from_slice(head);
+            if short.len() == 4 {
+                put(&short)?;
+                short.clear();
+            }
+            let (whole, tail) = rest.split_at(rest.len() / 4 * 4);
+            if !whole.is_empty() {
+                put(whole)?;
+            }
+            short.extend_from_slice(tail);
+        }
+        if !short.is_empty() {
+            short.resize(4, 0);
+            put(&short)?;
+        }
+        Ok(())
+    }
     /// Copy a whole slice out, after every program that ran before.
     fn read(&self, from: Slice, bytes: &mut [u8]) -> Result<()>;
     /// Ask for a whole slice as it is after every program that ran before, without waiting for it.
@@ -119,14 +150,7 @@ impl Buffer {
     /// Allocate and fill.
     pub fn with_bytes(device: &Arc<dyn Device>, label: &str, bytes: &[u8]) -> Result<Self> {
         let buffer = Self::new(device, label, bytes.len() as u64)?;
-        let whole = bytes.len() / 4 * 4;
-        device.write(buffer.slice, &bytes[..whole])?;
-        if whole < bytes.len() {
-            let mut tail = [0; 4];
-            tail[..bytes.len() - whole].copy_from_slice(&bytes[whole..]);
-            let at = Slice { offset: whole as u64, bytes: 4, ..buffer.slice };
-            device.write(at, &tail)?;
-        }
+        device.write_pieces(buffer.slice, &[bytes])?;
         Ok(buffer)
     }
 

@@ -244,7 +244,7 @@ impl<'a> Loader<'a> {
         let rows = run.iter().map(|s| s.n as u32).sum();
         let scale = if inputs == Inputs::AsPlanned { self.static_scale(&run[0])? } else { None };
         let input_scale = match scale {
-            Some(scale) => Some(self.put("input scale", &scale.multiplier().to_le_bytes())?),
+            Some(scale) => Some(self.put(&input_label(&run[0].module), &scale.multiplier().to_le_bytes())?),
             None => None,
         };
         let weight =
@@ -303,9 +303,9 @@ impl<'a> Loader<'a> {
         let input_scale = match scales.first() {
             None => None,
             Some(first) if scales.iter().all(|s| s == first) => {
-                Some(ExpertScales::Shared(self.put("input scale", &first.to_le_bytes())?))
+                Some(ExpertScales::Shared(self.put(&input_label(&run[0].module), &first.to_le_bytes())?))
             }
-            Some(_) => Some(ExpertScales::Each(self.put("input scales", bytemuck::cast_slice(&scales))?)),
+            Some(_) => Some(ExpertScales::Each(self.put(&input_label(&run[0].module), bytemuck::cast_slice(&scales))?)),
         };
         Ok(Experts { weight, bias: None, input_scale })
     }
@@ -372,7 +372,7 @@ impl<'a> Loader<'a> {
         }
         let stage = fed_by(&format!("{}.{}", name, if name.ends_with("down_proj") { "down_proj" } else { "up_proj" }));
         self.found.input_scales.extend(stage.map(|stage| InputScale { stage, module: name.to_owned(), scale }));
-        if wanted { Ok(Some(ExpertScales::Shared(self.put("input scale", bytes)?))) } else { Ok(None) }
+        if wanted { Ok(Some(ExpertScales::Shared(self.put(&input_label(name), bytes)?))) } else { Ok(None) }
     }
 
     fn uncalibrated(&self, module: &str) -> Error {
@@ -413,6 +413,11 @@ impl<'a> Loader<'a> {
         }
         Ok(())
     }
+}
+
+/// The label of the buffer with a weight's scales of inputs.
+fn input_label(module: &str) -> String {
+    format!("{module} input scale")
 }
 
 /// The stage that a linear reads: names on disk are the same in all families.

@@ -6,21 +6,24 @@ mod gpt_oss;
 mod llama;
 mod load;
 mod mlp;
+mod needs;
 mod qwen3;
 mod qwen3_moe;
 mod state;
 
+pub use crate::error::size;
 pub use load::{Found, InputScale};
+pub use needs::{Needs, WeightKind};
 pub use state::{Plan, State};
 
 use crate::checkpoint::Checkpoint;
 use crate::config::{Config, Family, LayerType};
-use crate::device::rehearsal::Rehearsal;
 use crate::device::{Buffer, Device};
 use crate::error::Result;
 use crate::ops::{Addend, Attention, KvCache, Projection, RmsNorm, Weight};
 use crate::program::{Program, Role, Slice};
 use load::{Inputs, Loader};
+use needs::Rehearsed;
 use std::fmt::Debug;
 use std::sync::Arc;
 
@@ -52,11 +55,12 @@ pub struct Model {
     /// cos and sin of every position that the context holds, `[C, Dh/2]` pairs.
     rope_table: Slice,
     found: Found,
+    needs: Needs,
     _buffers: Vec<Buffer>,
 }
 
 impl Model {
-    /// Check every tensor of a checkpoint, then put them on the device.
+    /// Check every tensor of a checkpoint, take the memory for all of it, then put it on the device.
     pub fn load(
         checkpoint: &Checkpoint,
         config: Config,
@@ -64,14 +68,12 @@ impl Model {
         plan: &Plan,
         progress: &mut dyn FnMut(Progress),
     ) -> Result<Self> {
-        let rehearsal: Arc<dyn Device> = Arc::new(Rehearsal::new(device.limits(), device.describe()));
-        let mut silent = |_| ();
-        let mut loader = Loader::new(checkpoint, &config, &rehearsal, plan, &mut silent).rehearsing();
-        let rehearsed = Self::from_loader(&mut loader)?;
-        loader.check_whole(&rehearsed.found)?;
-        let model = Self::from_loader(&mut Loader::new(checkpoint, &config, device, plan, progress))?;
+        let rehearsed = Rehearsed::new(checkpoint, &config, plan, device.limits(), device.describe())?;
+        tracing::info!("{} on {}: {}", checkpoint.name(), device.describe(), rehearsed.needs);
+        let reserved = rehearsed.reserve(device)?;
+        let model = Self::from_loader(&mut Loader::new(checkpoint, &config, &reserved, plan, progress))?;
         device.wait()?;
-        Ok(model)
+        Ok(Self { needs: rehearsed.needs, ..model })
     }
 
     fn from_loader(up: &mut Loader<'_>) -> Result<Self> {
@@ -91,7 +93,8 @@ impl Model {
         let final_norm = up.vector("model.norm.weight", config.hidden_size)?;
         let rope_table = up.rope_table()?;
         let (found, _buffers) = up.take();
-        Ok(Self { embed, layers, final_norm, lm_head, rope_table, found, _buffers, config })
+        let needs = Needs::default();
+        Ok(Self { embed, layers, final_norm, lm_head, rope_table, found, needs, _buffers, config })
     }
 
     /// Buffers for one conversation.
@@ -107,6 +110,11 @@ impl Model {
     /// What the loader found in the checkpoint besides weights.
     pub fn found(&self) -> &Found {
         &self.found
+    }
+
+    /// What the model and a conversation take of the device's memory.
+    pub fn needs(&self) -> &Needs {
+        &self.needs
     }
 
     /// The step over `tokens` rows: embedding and all layers. Reads `rows` and `step` of the state. `in_parts`: with a

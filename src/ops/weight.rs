@@ -117,7 +117,7 @@ impl Weight {
                 let range = first as usize * unit..(first + count) as usize * unit;
                 let buffer =
                     Buffer::new(device, &format!("{label} {what}"), (range.len() as u64).next_multiple_of(16))?;
-                write_pieces(device, buffer.slice(), pieces, range)?;
+                device.write_pieces(buffer.slice(), &cut(pieces, range))?;
                 let slice = buffer.slice();
                 buffers.push(buffer);
                 Ok(slice)
@@ -140,38 +140,18 @@ impl Weight {
     }
 }
 
-/// Write `range` of the concatenation of `pieces` to the head of `to`.
-fn write_pieces(device: &Arc<dyn Device>, to: Slice, pieces: &[&[u8]], range: std::ops::Range<usize>) -> Result<()> {
+/// The parts of `pieces` that stand in `range` of their concatenation.
+fn cut<'a>(pieces: &[&'a [u8]], range: std::ops::Range<usize>) -> Vec<&'a [u8]> {
     let mut start = 0; // of the piece, in the concatenation
-    let mut pending: Vec<u8> = Vec::new(); // bytes short of a whole word between two pieces
-    let mut offset = to.offset;
+    let mut parts = Vec::new();
     for piece in pieces {
         let (from, until) = (range.start.max(start), range.end.min(start + piece.len()));
         if from < until {
-            let mut bytes = &piece[from - start..until - start];
-            while !bytes.is_empty() && !pending.is_empty() {
-                pending.push(bytes[0]);
-                bytes = &bytes[1..];
-                if pending.len() == 4 {
-                    device.write(Slice { offset, bytes: 4, ..to }, &pending)?;
-                    offset += 4;
-                    pending.clear();
-                }
-            }
-            let whole = bytes.len() / 4 * 4;
-            if whole > 0 {
-                device.write(Slice { offset, bytes: whole as u64, ..to }, &bytes[..whole])?;
-                offset += whole as u64;
-            }
-            pending.extend_from_slice(&bytes[whole..]);
+            parts.push(&piece[from - start..until - start]);
         }
         start += piece.len();
     }
-    if !pending.is_empty() {
-        pending.resize(4, 0);
-        device.write(Slice { offset, bytes: 4, ..to }, &pending)?;
-    }
-    Ok(())
+    parts
 }
 
 impl Launch {

@@ -4,7 +4,7 @@ use serde_json::{Map, Value, json};
 
 use super::Options;
 use super::plan::Plan;
-use super::write::pretty;
+use crate::checkpoint::write::pretty;
 use crate::format::Format;
 
 /// `config.json`, with its keys in their order.

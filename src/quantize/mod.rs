@@ -8,7 +8,8 @@
 //! | `encode.rs` | rows to codes, in parallel, with their deviation |
 //! | `calibrate.rs` | the largest activations over a text, for NVFP4's `input_scale` |
 //! | `config.rs` | what the new checkpoint says about itself |
-//! | `write.rs` | the new directory |
+//!
+//! The new directory is `checkpoint/write.rs`'s.
 //!
 //! What is read: linears `model.layers.*_proj.weight` of two dimensions; the fused experts of a gpt-oss, in MXFP4 or as
 //! transformers holds them (transposed); MXFP4 of compressed-tensors. Of a gpt-oss only the experts are taken unless
@@ -22,7 +23,6 @@ mod config;
 mod encode;
 mod plan;
 mod source;
-mod write;
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -32,7 +32,7 @@ pub use self::calibrate::{Calibration, calibrate};
 use self::encode::Scheme;
 use self::plan::{Linear, Plan, Work};
 use self::source::Layout;
-use self::write::{Directory, Planned, Shard};
+use crate::checkpoint::write::{self, Directory, Planned, Shard};
 use crate::checkpoint::{Checkpoint, Dtype, TensorView, check_finite_bf16};
 use crate::error::Result;
 use crate::format::{Format, nvfp4};

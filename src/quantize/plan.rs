@@ -5,8 +5,8 @@ use std::collections::HashMap;
 use serde_json::{Map, Value};
 
 use super::source::{Layout, Matrix, fault, is_float};
-use super::write::Planned;
 use super::{Calibration, Options};
+use crate::checkpoint::write::Planned;
 use crate::checkpoint::{Checkpoint, Dtype, TensorView, check_e8m0, json};
 use crate::error::{Error, Result};
 use crate::format::{Format, mxfp4};

@@ -1,48 +1,6 @@
-//! What tensors are for, by their names: kinds, scales and the codes that they belong to, formats.
+//! What tensors are, by their names: scales and the codes that they belong to, formats.
 
 use fourfold::checkpoint::{Checkpoint, Dtype, TensorView};
-
-/// What a tensor is for, in the order of the report.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) enum Kind {
-    Embedding,
-    Attention,
-    Router,
-    Experts,
-    Mlp,
-    Norms,
-    Head,
-    Unknown,
-}
-
-impl Kind {
-    pub(super) fn of(name: &str) -> Self {
-        let kinds = [
-            ("norm.weight", Self::Norms),
-            (".self_attn.", Self::Attention),
-            (".mlp.router.", Self::Router),
-            (".mlp.gate.", Self::Router),
-            (".mlp.experts.", Self::Experts),
-            (".mlp.", Self::Mlp),
-            ("embed_tokens.", Self::Embedding),
-            ("lm_head.", Self::Head),
-        ];
-        kinds.iter().find(|(part, _)| name.contains(part)).map_or(Self::Unknown, |(_, kind)| *kind)
-    }
-
-    pub(super) fn name(self) -> &'static str {
-        match self {
-            Self::Embedding => "embedding",
-            Self::Attention => "attention",
-            Self::Router => "routers",
-            Self::Experts => "experts",
-            Self::Mlp => "dense MLPs",
-            Self::Norms => "norms",
-            Self::Head => "head",
-            Self::Unknown => "unknown",
-        }
-    }
-}
 
 /// How names of tensors that hold scales end.
 const SCALES: [&str; 4] = ["_scale", "_scale_2", "_scale_inv", "_scales"];
@@ -115,24 +73,12 @@ mod tests {
     use super::*;
 
     #[test]
-    fn names_show_layer_and_kind() {
+    fn names_show_their_layer() {
         let name = "model.layers.17.mlp.experts.down_proj_blocks";
         assert_eq!((layer(name), pattern(name)), (Some(17), "model.layers.*.mlp.experts.down_proj_blocks".to_owned()));
         assert_eq!((layer("lm_head.weight"), pattern("lm_head.weight")), (None, "lm_head.weight".to_owned()));
         let expert = "model.layers.17.mlp.experts.17.up_proj.weight";
         assert_eq!(pattern(expert), "model.layers.*.mlp.experts.*.up_proj.weight");
-        let kinds = [
-            name,
-            "model.layers.1.mlp.router.bias",
-            "model.layers.1.mlp.gate.weight",
-            "model.layers.1.mlp.gate_proj.weight",
-            "model.layers.1.self_attn.q_norm.weight",
-            "model.norm.weight",
-            "lm_head.weight",
-            "rotary",
-        ];
-        let names = ["experts", "routers", "routers", "dense MLPs", "norms", "norms", "head", "unknown"];
-        assert_eq!(kinds.map(|n| Kind::of(n).name()), names);
     }
 
     #[test]

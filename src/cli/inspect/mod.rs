@@ -8,7 +8,7 @@ mod ledger;
 mod quantization;
 mod scales;
 
-use self::kinds::{Kind, format_of, layer, parameters, pattern};
+use self::kinds::{format_of, layer, parameters, pattern};
 use self::ledger::Ledger;
 use super::Ending;
 use super::engine::{ActivationsArg, KvArg, scale_order};
@@ -16,7 +16,7 @@ use super::terminal::{self, Paint, bytes, count, grouped};
 use fourfold::checkpoint::{Checkpoint, Mapping, TensorView};
 use fourfold::config::{Config, Family, GenerationConfig, LayerType, Scaling};
 use fourfold::device::{Limits, gpu};
-use fourfold::model::Plan;
+use fourfold::model::{Plan, WeightKind as Kind};
 use fourfold::tokenizer::{ChatFormat, Text};
 use fourfold::{DEFAULT_CHUNK, DEFAULT_CONTEXT, Error, HostStages, Result};
 use std::collections::{BTreeMap, BTreeSet};
@@ -428,11 +428,13 @@ impl<W: Write> Report<'_, W> {
         };
         let (context, chunk) = (plan.context, plan.chunk);
         self.title("What goes where")?;
-        let total = ledger.weights + ledger.cache + ledger.rest;
+        let needs = &ledger.needs;
+        let (weights, rest) = (needs.weight_bytes(), needs.tables + needs.activations);
+        let total = weights + needs.cache + rest;
         self.facts(&[
-            ("weights", format!("{} on the device, as they lie on disk", bytes(ledger.weights))),
-            ("KV cache", format!("{} for {context} tokens in {}", bytes(ledger.cache), kv_name(self.args.kv))),
-            ("the rest", format!("{} for activations of {chunk} tokens at once, and tables", bytes(ledger.rest))),
+            ("weights", format!("{} on the device, as they lie on disk", bytes(weights))),
+            ("KV cache", format!("{} for {context} tokens in {}", bytes(needs.cache), kv_name(self.args.kv))),
+            ("the rest", format!("{} for activations of {chunk} tokens at once, and tables", bytes(rest))),
             ("together", format!("{} for one conversation", bytes(total))),
         ])?;
         for adapter in gpu::list() {

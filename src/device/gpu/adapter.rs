@@ -100,7 +100,7 @@ pub(super) fn open(name: Option<&str>, without_subgroups: bool) -> Result<(wgpu:
             (None, false) => unreachable!("without a name every adapter is wanted"),
         })
     })?;
-    let mut features = (Features::SUBGROUP | Features::TIMESTAMP_QUERY) & adapter.features();
+    let mut features = (Features::SUBGROUP | Features::TIMESTAMP_QUERY | Features::PIPELINE_CACHE) & adapter.features();
     if without_subgroups {
         features.remove(Features::SUBGROUP);
     }

@@ -2,17 +2,22 @@
 //! bring its own device.
 
 mod adapter;
+mod cache;
 mod later;
 mod pipeline;
 mod run;
+mod upload;
 
 pub use adapter::{AdapterFacts, is_hardware, list};
+pub use cache::PipelineCache;
 
 use super::{Device, Later, Limits, See, next_id};
 use crate::error::{Error, Result};
 use crate::program::{BufferId, Program, Slice};
+use cache::Cache;
 use pipeline::{Compile, Pipelines};
 use std::collections::HashMap;
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::Duration;
@@ -38,6 +43,11 @@ pub struct Options {
     pub table_decode: bool,
     /// Behave as an adapter that binds no more than this.
     pub max_binding_bytes: Option<u64>,
+    /// Behave as an adapter that has no more memory than this for buffers.
+    #[doc(hidden)]
+    pub max_memory_bytes: Option<u64>,
+    /// Where compiled pipelines are kept.
+    pub pipeline_cache: PipelineCache,
 }
 
 /// A wgpu device with its buffers and pipelines.
@@ -52,9 +62,15 @@ pub struct Gpu {
     bind_groups: Mutex<HashMap<run::BindKey, wgpu::BindGroup>>,
     /// What sealed programs run, by their numbers. Emptied when any buffer is given back.
     sealed: Mutex<HashMap<u64, Arc<Vec<run::Ready>>>>,
+    /// For readbacks.
     staging: Mutex<Option<wgpu::Buffer>>,
     /// Small readback buffers that nobody waits for.
     idle: Arc<Mutex<Vec<wgpu::Buffer>>>,
+    /// For large writes, until the next wait.
+    ring: Mutex<Option<upload::Ring>>,
+    /// Bytes of all buffers, and how many there may be.
+    allocated: AtomicU64,
+    max_memory_bytes: u64,
     unsubmitted: AtomicU64,
     lost: Arc<Mutex<Option<String>>>,
 }
@@ -71,7 +87,8 @@ impl Gpu {
         });
         // Errors belong to the scopes around our own calls; what still comes through is logged, not a panic.
         device.on_uncaptured_error(Arc::new(|e: wgpu::Error| tracing::error!("uncaptured wgpu error: {e}")));
-        Ok(Self::new(device, queue, lost, options))
+        let folder = options.pipeline_cache.of_ours();
+        Ok(Self::new(device, queue, lost, options, folder))
     }
 
     /// Open the first adapter that is not software. The error says why there is none.
@@ -92,12 +109,21 @@ impl Gpu {
 
     /// Work on a device that the application owns. Its callbacks and error handlers are left alone; a panic in one of
     /// its map callbacks, should our wait be what calls it, is taken for a lost device. Pipelines are kept as long as
-    /// this value lives, so build engines of one kind on one `Gpu`.
+    /// this value lives, so build engines of one kind on one `Gpu`; on disk only where [`Options::pipeline_cache`] names a
+    /// folder and the device has the feature for it.
     pub fn from_wgpu(device: wgpu::Device, queue: wgpu::Queue, options: &Options) -> Self {
-        Self::new(device, queue, Arc::default(), options)
+        let folder = options.pipeline_cache.of_anothers();
+        Self::new(device, queue, Arc::default(), options, folder)
     }
 
-    fn new(device: wgpu::Device, queue: wgpu::Queue, lost: Arc<Mutex<Option<String>>>, options: &Options) -> Self {
+    fn new(
+        device: wgpu::Device,
+        queue: wgpu::Queue,
+        lost: Arc<Mutex<Option<String>>>,
+        options: &Options,
+        pipelines: Option<PathBuf>,
+    ) -> Self {
+        let cache = pipelines.and_then(|folder| Cache::open(&device, &folder));
         let facts = adapter::facts(&device.adapter_info(), device.features(), &device.limits());
         let limits = Limits {
             max_binding_bytes: facts
@@ -120,12 +146,15 @@ impl Gpu {
             queue,
             facts,
             limits,
-            pipelines: Pipelines::new(compile),
+            pipelines: Pipelines::new(compile, cache),
             buffers: RwLock::default(),
             bind_groups: Mutex::default(),
             sealed: Mutex::default(),
             staging: Mutex::default(),
             idle: Arc::default(),
+            ring: Mutex::default(),
+            allocated: AtomicU64::new(0),
+            max_memory_bytes: options.max_memory_bytes.unwrap_or(u64::MAX),
             unsubmitted: AtomicU64::new(0),
             lost,
         }
@@ -134,6 +163,11 @@ impl Gpu {
     /// Facts about the adapter.
     pub fn facts(&self) -> &AdapterFacts {
         &self.facts
+    }
+
+    /// Bytes of compiled pipelines that were read from disk when this was opened.
+    pub fn pipeline_bytes_from_disk(&self) -> usize {
+        self.pipelines.read_bytes()
     }
 
     fn buffer(&self, id: BufferId) -> wgpu::Buffer {
@@ -157,10 +191,7 @@ impl Gpu {
         let errors = [memory.pop(), internal.pop(), validation.pop()].map(pollster::block_on);
         match errors.into_iter().flatten().next() {
             None => Ok(done),
-            Some(wgpu::Error::OutOfMemory { .. }) => {
-                let hint = "choose a smaller context or chunk, a smaller model, or another adapter";
-                Err(Error::OutOfMemory { what: what.to_owned(), bytes, hint })
-            }
+            Some(wgpu::Error::OutOfMemory { .. }) => Err(out_of_memory(what, bytes)),
             Some(e) => {
                 self.probe()?;
                 Err(Error::Device(format!("{what} on {}: {}", self.facts.name, one_line(&e.to_string()))))
@@ -182,9 +213,21 @@ impl Gpu {
         }
     }
 
+    /// Submit what was written, and wait for everything so far.
+    fn settle(&self) -> Result<()> {
+        self.scoped("submitting", 0, || self.queue.submit([]))?;
+        self.poll()?;
+        self.probe()
+    }
+
     /// Wait for everything submitted so far.
     fn poll(&self) -> Result<()> {
-        let wait = wgpu::PollType::Wait { submission_index: None, timeout: Some(PATIENCE) };
+        self.poll_for(None)
+    }
+
+    /// Wait for one submission and all before it, or for everything so far.
+    fn poll_for(&self, submission_index: Option<wgpu::SubmissionIndex>) -> Result<()> {
+        let wait = wgpu::PollType::Wait { submission_index, timeout: Some(PATIENCE) };
         // wgpu panics in `poll` when the device is lost while it waits; that is an error like any other to us.
         let polled = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| self.device.poll(wait)));
         self.check_lost()?;
@@ -240,6 +283,11 @@ impl Gpu {
     }
 }
 
+fn out_of_memory(what: &str, bytes: u64) -> Error {
+    let hint = "choose a smaller context or chunk, a smaller model, or another adapter";
+    Error::OutOfMemory { what: what.to_owned(), bytes, hint }
+}
+
 fn one_line(text: &str) -> String {
     text.split_whitespace().collect::<Vec<_>>().join(" ")
 }
@@ -253,14 +301,21 @@ impl Device for Gpu {
         // A uniform binds at least 16 bytes.
         let size = bytes.next_multiple_of(16);
         let descriptor = wgpu::BufferDescriptor { label: Some(label), size, usage, mapped_at_creation: false };
-        let buffer = self.scoped(label, bytes, || self.device.create_buffer(&descriptor))?;
+        let before = self.allocated.fetch_add(size, Ordering::Relaxed);
+        let made = match before.saturating_add(size) > self.max_memory_bytes {
+            true => Err(out_of_memory(label, bytes)),
+            false => self.scoped(label, bytes, || self.device.create_buffer(&descriptor)),
+        };
+        let buffer = made.inspect_err(|_| _ = self.allocated.fetch_sub(size, Ordering::Relaxed))?;
         let id = next_id();
         self.buffers.write().unwrap_or_else(PoisonError::into_inner).insert(id, buffer);
         Ok(id)
     }
 
     fn free(&self, id: BufferId) {
-        self.buffers.write().unwrap_or_else(PoisonError::into_inner).remove(&id);
+        if let Some(buffer) = self.buffers.write().unwrap_or_else(PoisonError::into_inner).remove(&id) {
+            self.allocated.fetch_sub(buffer.size(), Ordering::Relaxed);
+        }
         let mut groups = self.bind_groups.lock().unwrap_or_else(PoisonError::into_inner);
         groups.retain(|key, _| !key.uses(id));
         self.sealed.lock().unwrap_or_else(PoisonError::into_inner).clear();
@@ -268,21 +323,34 @@ impl Device for Gpu {
 
     fn write(&self, to: Slice, bytes: &[u8]) -> Result<()> {
         debug_assert!(bytes.len().is_multiple_of(4) && bytes.len() as u64 <= to.bytes);
+        if bytes.len() > upload::SMALL {
+            return self.upload(to, &[bytes]);
+        }
         let buffer = self.buffer(to.buffer);
-        let mut offset = to.offset;
-        for piece in bytes.chunks(32 << 20) {
-            self.scoped("copying to the device", piece.len() as u64, || {
-                self.queue.write_buffer(&buffer, offset, piece);
-            })?;
-            offset += piece.len() as u64;
-            // write_buffer keeps a copy until the next submission: do not let those copies pile up.
-            let waiting = self.unsubmitted.fetch_add(piece.len() as u64, Ordering::Relaxed) + piece.len() as u64;
-            if waiting > IN_FLIGHT {
-                self.unsubmitted.store(0, Ordering::Relaxed);
-                self.wait()?;
-            }
+        self.scoped("copying to the device", bytes.len() as u64, || {
+            self.queue.write_buffer(&buffer, to.offset, bytes);
+        })?;
+        // write_buffer keeps a copy until the next submission: do not let those copies pile up.
+        let waiting = self.unsubmitted.fetch_add(bytes.len() as u64, Ordering::Relaxed) + bytes.len() as u64;
+        if waiting > IN_FLIGHT {
+            self.unsubmitted.store(0, Ordering::Relaxed);
+            self.settle()?;
         }
         Ok(())
+    }
+
+    fn write_pieces(&self, to: Slice, pieces: &[&[u8]]) -> Result<()> {
+        if pieces.iter().map(|piece| piece.len()).sum::<usize>() > upload::SMALL {
+            return self.upload(to, pieces);
+        }
+        if let [piece] = pieces
+            && piece.len().is_multiple_of(4)
+        {
+            return self.write(to, piece);
+        }
+        let mut bytes = pieces.concat();
+        bytes.resize(bytes.len().next_multiple_of(4), 0);
+        self.write(to, &bytes)
     }
 
     fn read(&self, from: Slice, bytes: &mut [u8]) -> Result<()> {
@@ -315,9 +383,10 @@ impl Device for Gpu {
     }
 
     fn wait(&self) -> Result<()> {
-        self.scoped("submitting", 0, || self.queue.submit([]))?;
-        self.poll()?;
-        self.probe()
+        self.settle()?;
+        // Large writes are over, most likely: their staging buffers go back.
+        self.ring.lock().unwrap_or_else(PoisonError::into_inner).take();
+        Ok(())
     }
 
     fn limits(&self) -> Limits {

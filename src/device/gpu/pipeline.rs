@@ -1,10 +1,12 @@
 //! From a kernel, its fillings and constants to a compute pipeline; each made once.
 
+use super::cache::Cache;
 use crate::error::{Error, Result};
 use crate::program::Launch;
 use crate::shader::{self, Binding};
 use std::borrow::Cow;
 use std::collections::HashMap;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 /// A compiled kernel and the names that it binds.
@@ -41,11 +43,35 @@ pub(super) struct Compile {
 pub(super) struct Pipelines {
     compile: Compile,
     made: Mutex<HashMap<Key, Arc<Pipeline>>>,
+    /// Where they go from one run to the next.
+    cache: Option<Cache>,
+    /// How many there were when the cache was saved.
+    saved: AtomicUsize,
+}
+
+impl Drop for Pipelines {
+    fn drop(&mut self) {
+        self.save();
+    }
 }
 
 impl Pipelines {
-    pub(super) fn new(compile: Compile) -> Self {
-        Self { compile, made: Mutex::default() }
+    pub(super) fn new(compile: Compile, cache: Option<Cache>) -> Self {
+        Self { compile, made: Mutex::default(), cache, saved: AtomicUsize::new(0) }
+    }
+
+    /// Bytes of pipelines that came from the disk.
+    pub(super) fn read_bytes(&self) -> usize {
+        self.cache.as_ref().map_or(0, Cache::read_bytes)
+    }
+
+    /// Keep what was compiled since the last time.
+    fn save(&self) {
+        let Some(cache) = &self.cache else { return };
+        let made = self.made.lock().unwrap_or_else(PoisonError::into_inner).len();
+        if self.saved.swap(made, Ordering::Relaxed) < made {
+            cache.save();
+        }
     }
 
     /// The pipeline of a launch, compiled on first use.
@@ -59,7 +85,7 @@ impl Pipelines {
             return Ok(pipeline.clone());
         }
         // Compiled outside the lock, so that several threads compile at once.
-        let pipeline = Arc::new(compile(device, launch, self.compile)?);
+        let pipeline = Arc::new(compile(device, launch, self.compile, self.cache.as_ref())?);
         let mut made = self.made.lock().unwrap_or_else(PoisonError::into_inner);
         Ok(made.entry(key).or_insert(pipeline).clone())
     }
@@ -67,7 +93,7 @@ impl Pipelines {
     /// Compile what a program needs, on all cores.
     pub(super) fn prepare(&self, device: &wgpu::Device, launches: &[Launch]) -> Result<()> {
         let threads = std::thread::available_parallelism().map_or(1, usize::from);
-        let next = std::sync::atomic::AtomicUsize::new(0);
+        let next = AtomicUsize::new(0);
         // One launch for each distinct pipeline, so that no two threads compile the same.
         let mut seen = std::collections::HashSet::new();
         let distinct: Vec<&Launch> = launches
@@ -76,18 +102,20 @@ impl Pipelines {
             .collect();
         std::thread::scope(|scope| {
             let work = || {
-                while let Some(launch) = distinct.get(next.fetch_add(1, std::sync::atomic::Ordering::Relaxed)) {
+                while let Some(launch) = distinct.get(next.fetch_add(1, Ordering::Relaxed)) {
                     self.get(device, launch)?;
                 }
                 Ok(())
             };
             let threads: Vec<_> = (0..threads.min(distinct.len())).map(|_| scope.spawn(work)).collect();
             threads.into_iter().try_for_each(|t| t.join().expect("compiling does not panic"))
-        })
+        })?;
+        self.save();
+        Ok(())
     }
 }
 
-fn compile(device: &wgpu::Device, launch: &Launch, options: Compile) -> Result<Pipeline> {
+fn compile(device: &wgpu::Device, launch: &Launch, options: Compile, cache: Option<&Cache>) -> Result<Pipeline> {
     let mut fillings = launch.fillings.clone();
     let choices = [
         ("reduce", if options.subgroups { "reduce_subgroup" } else { "reduce_shared" }),
@@ -113,7 +141,7 @@ fn compile(device: &wgpu::Device, launch: &Launch, options: Compile) -> Result<P
             // Every kernel writes its workgroup memory before it reads it.
             zero_initialize_workgroup_memory: false,
         },
-        cache: None,
+        cache: cache.map(Cache::wgpu),
     });
     let errors = [pollster::block_on(internal.pop()), pollster::block_on(scope.pop())];
     if let Some(e) = errors.into_iter().flatten().next() {

@@ -13,24 +13,24 @@ use crate::error::{Error, Result};
 
 /// A tensor to be written.
 #[derive(Clone, Debug)]
-pub(super) struct Planned {
-    pub(super) name: String,
-    pub(super) dtype: Dtype,
-    pub(super) shape: Vec<usize>,
+pub(crate) struct Planned {
+    pub(crate) name: String,
+    pub(crate) dtype: Dtype,
+    pub(crate) shape: Vec<usize>,
 }
 
 impl Planned {
-    pub(super) fn new(name: impl Into<String>, dtype: Dtype, shape: &[usize]) -> Self {
+    pub(crate) fn new(name: impl Into<String>, dtype: Dtype, shape: &[usize]) -> Self {
         Self { name: name.into(), dtype, shape: shape.to_vec() }
     }
 
-    pub(super) fn bytes(&self) -> u64 {
+    pub(crate) fn bytes(&self) -> u64 {
         self.shape.iter().product::<usize>() as u64 * (self.dtype.bits() / 8) as u64
     }
 }
 
 /// A new directory. Dropped before [`Directory::finish`], it takes back all that it wrote.
-pub(super) struct Directory {
+pub(crate) struct Directory {
     path: PathBuf,
     made: bool,
     written: Vec<PathBuf>,
@@ -39,7 +39,7 @@ pub(super) struct Directory {
 
 impl Directory {
     /// Makes the directory; it may be there if it is empty.
-    pub(super) fn create(path: &Path) -> Result<Self> {
+    pub(crate) fn create(path: &Path) -> Result<Self> {
         let made = !Self::check(path)?;
         if made {
             fs::create_dir_all(path).map_err(|source| Error::Io { path: path.to_owned(), source })?;
@@ -48,7 +48,7 @@ impl Directory {
     }
 
     /// Whether the directory is there; an error if it could not take a checkpoint.
-    pub(super) fn check(path: &Path) -> Result<bool> {
+    pub(crate) fn check(path: &Path) -> Result<bool> {
         let io = |source| Error::Io { path: path.to_owned(), source };
         let fault = |reason: &str| Err(Error::option("DST", format!("{} {reason}", path.display())));
         match path.symlink_metadata() {
@@ -68,7 +68,7 @@ impl Directory {
     }
 
     /// Begins a shard with all its tensors. Gives where each lies in the file, in the order given.
-    pub(super) fn shard(&mut self, name: &str, tensors: &[Planned]) -> Result<Shard> {
+    pub(crate) fn shard(&mut self, name: &str, tensors: &[Planned]) -> Result<Shard> {
         let (header, places) = header(tensors);
         let partial = self.path.join(format!("{name}.partial"));
         let mut shard = Shard { file: self.open(&partial)?, partial, path: self.path.join(name), places };
@@ -77,7 +77,7 @@ impl Directory {
     }
 
     /// Everything of a shard is written: it gets its name.
-    pub(super) fn close(&mut self, shard: Shard) -> Result<()> {
+    pub(crate) fn close(&mut self, shard: Shard) -> Result<()> {
         let io = |source| Error::Io { path: shard.partial.clone(), source };
         shard.file.sync_all().map_err(io)?;
         fs::rename(&shard.partial, &shard.path).map_err(io)?;
@@ -87,7 +87,7 @@ impl Directory {
     }
 
     /// A small file, whole.
-    pub(super) fn file(&mut self, name: &str, bytes: &[u8]) -> Result<()> {
+    pub(crate) fn file(&mut self, name: &str, bytes: &[u8]) -> Result<()> {
         let path = self.path.join(name);
         let mut file = self.open(&path)?;
         let io = |source| Error::Io { path: path.clone(), source };
@@ -96,7 +96,7 @@ impl Directory {
     }
 
     /// The last file: with it the directory is a checkpoint.
-    pub(super) fn finish(mut self, config: &[u8]) -> Result<()> {
+    pub(crate) fn finish(mut self, config: &[u8]) -> Result<()> {
         let (partial, path) = (self.path.join("config.json.partial"), self.path.join("config.json"));
         self.file("config.json.partial", config)?;
         self.written.push(path.clone());
@@ -132,7 +132,7 @@ impl Drop for Directory {
 }
 
 /// A shard under way.
-pub(super) struct Shard {
+pub(crate) struct Shard {
     file: File,
     partial: PathBuf,
     path: PathBuf,
@@ -140,8 +140,18 @@ pub(super) struct Shard {
 }
 
 impl Shard {
+    /// The file as it is called until it is closed.
+    pub(crate) fn partial(&self) -> &Path {
+        &self.partial
+    }
+
+    /// Where each tensor begins in the file, in the order given.
+    pub(crate) fn places(&self) -> &[u64] {
+        &self.places
+    }
+
     /// Writes bytes of the tensor at `idx` of the shard's list, from byte `offset` of the tensor on.
-    pub(super) fn write(&mut self, idx: usize, offset: u64, bytes: &[u8]) -> Result<()> {
+    pub(crate) fn write(&mut self, idx: usize, offset: u64, bytes: &[u8]) -> Result<()> {
         self.put(self.places[idx] + offset, bytes)
     }
 
@@ -177,7 +187,7 @@ fn header(tensors: &[Planned]) -> (Vec<u8>, Vec<u64>) {
 }
 
 /// The index of several shards.
-pub(super) fn index(shards: &[(String, Vec<Planned>)]) -> Vec<u8> {
+pub(crate) fn index(shards: &[(String, Vec<Planned>)]) -> Vec<u8> {
     let files = |(file, tensors): &'_ (String, Vec<Planned>)| {
         tensors.iter().map(|t| (t.name.clone(), Value::from(file.as_str()))).collect::<Vec<_>>()
     };
@@ -188,6 +198,6 @@ pub(super) fn index(shards: &[(String, Vec<Planned>)]) -> Vec<u8> {
 }
 
 /// JSON for people, with a newline at its end.
-pub(super) fn pretty(value: &Value) -> Vec<u8> {
+pub(crate) fn pretty(value: &Value) -> Vec<u8> {
     format!("{value:#}\n").into_bytes()
 }

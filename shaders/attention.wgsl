@@ -17,8 +17,10 @@
 // twin      src/ops/attention.rs
 //
 // Keys come in tiles of 128 counted from the first visible one, so the order of every sum follows from the position
-// alone. Each lane scores one key of the tile for all heads. Then teams of DH/4 lanes take a share of the tile each, and a
-// lane four of the DH outputs of every head; the teams' sums meet at the end, in order.
+// alone. Each lane scores one key of the tile, for four heads at once: the components of a vec4 (those past HEADS are
+// zeros, and nobody reads what comes of them). Then teams of DH/4 lanes take a share of the tile each, and a lane four of the DH outputs of
+// every head; the teams' sums meet at the end, in order. Whatever is found by looking at all keys is found for one head by
+// each lane, keys apart by 32.
 #import row
 #import pages
 #import cache
@@ -31,23 +33,22 @@ override DH: u32;
 override WINDOW: u32;
 override HEADS: u32;
 override FIRST: u32;
-const MOST = 4u;
-const SHARES = 32u; // lanes that look at one head's scores together
 @group(0) @binding(0) var<storage, read> rows: array<Row>;
-@group(0) @binding(1) var<storage, read> qkv: array<vec4<f32>>;
+@group(0) @binding(1) var<storage, read> qkv: array<f32>;
 
+// Each a vec4 over the heads: element d of the queries; the scores, then weights, of the tile's keys; what 32 shares found;
+// the largest score so far, the sum of weights so far, and by how much the last tile shrank it.
+var<workgroup> query: array<vec4<f32>, 256>;
+var<workgroup> weights: array<vec4<f32>, KEYS>;
+var<workgroup> found: array<vec4<f32>, 32>;
 // Where the keys of the tile stand in the cache.
 var<workgroup> places: array<u32, KEYS>;
-var<workgroup> weights: array<f32, MOST * KEYS>;
-var<workgroup> meeting: array<vec4<f32>, KEYS>;
-// Of each head, over the tiles so far: the largest score, the sum of weights, and what the last tile shrank them by.
-var<workgroup> largest: array<f32, MOST>;
-var<workgroup> total: array<f32, MOST>;
-var<workgroup> shrink: array<f32, MOST>;
+// The teams' sums, of one head after the other.
+var<workgroup> meeting: array<array<vec4<f32>, KEYS>, 4>;
 
-fn dot4(a: vec4<f32>, b: vec4<f32>, sum: f32) -> f32 {
-    return fma(a.w, b.w, fma(a.z, b.z, fma(a.y, b.y, fma(a.x, b.x, sum))));
-}
+var<workgroup> top: vec4<f32>;
+var<workgroup> total: vec4<f32>;
+var<workgroup> shrink: vec4<f32>;
 
 @compute @workgroup_size(KEYS)
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) lane: u32) {
@@ -55,99 +56,121 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     let t = FIRST + group.y;
     let row = rows[t];
     let head = group.x * HEADS;
-    let query = (t * (H + 2u * HK) + head) * quads;
     let kv_head = head / (H / HK);
     let begin = first_key(row.position);
     let share = share_of(group.z, row.position + 1u - begin);
     let first = begin + share.x;
     let last = begin + share.y;
-    if lane < HEADS {
-        largest[lane] = -3.0e38;
-        total[lane] = 0.0;
+    // Bounds that the compiler does not know keep the code short: it runs once, and has to be fetched first.
+    let few = 4u + row.pad;
+    for (var d = lane; d < (quads + 3u) / 4u * 4u * few; d += KEYS) { // zeros behind, to whole batches
+        for (var h = 0u; h < few; h++) {
+            var q = 0.0;
+            if h < HEADS && d < DH {
+                q = qkv[(t * (H + 2u * HK) + head + h) * DH + d];
+            }
+            query[d][h] = q;
+        }
     }
     let team = lane / quads;
     let teams = KEYS / quads;
     let quad = lane % quads;
     let each = (KEYS + teams - 1u) / teams;
-    let looked = lane / SHARES;
-    let place = lane % SHARES;
-    var sums: array<vec4<f32>, MOST>;
+    let h = lane % 4u;
+    let s = lane / 4u;
+    if lane < 4u {
+        top[lane] = -3.0e38;
+        total[lane] = 0.0;
+    }
+    var sum0 = vec4<f32>(0.0);
+    var sum1 = vec4<f32>(0.0);
+    var sum2 = vec4<f32>(0.0);
+    var sum3 = vec4<f32>(0.0);
     for (var tile = first; tile < last; tile += KEYS) {
-        let j = min(tile + lane, last - 1u);
-        let mine = (cache_row(row.sequence, j) * HK + kv_head) * quads;
-        var dots: array<f32, MOST>;
-        for (var i = 0u; i < quads; i++) {
-            let key = key4(mine + i);
-            for (var h = 0u; h < HEADS; h++) {
-                dots[h] = dot4(qkv[query + h * quads + i], key, dots[h]);
+        workgroupBarrier(); // the queries are there, or all lanes are done with the tile before
+        let place = (cache_row(row.sequence, min(tile + lane, last - 1u)) * HK + kv_head) * quads;
+        var dots = vec4<f32>(0.0);
+        for (var i = 0u; i < quads * few / 4u; i += 4u) {
+            var ks: array<vec4<f32>, 4>;
+            for (var m = 0u; m < 4u; m++) {
+                ks[m] = key4(place + min(i + m, quads - 1u));
+            }
+            for (var m = 0u; m < 4u; m++) {
+                let key = ks[m];
+                let d = (i + m) * 4u;
+                dots = fma(query[d], vec4<f32>(key.x), dots);
+                dots = fma(query[d + 1u], vec4<f32>(key.y), dots);
+                dots = fma(query[d + 2u], vec4<f32>(key.z), dots);
+                dots = fma(query[d + 3u], vec4<f32>(key.w), dots);
             }
         }
-        workgroupBarrier(); // all lanes are done with the tile before
-        places[lane] = mine;
-        for (var h = 0u; h < HEADS; h++) {
-            // Keys past the end weigh e^-inf = 0.
-            weights[h * KEYS + lane] = select(-3.0e38, dots[h] / sqrt(f32(DH)), tile + lane < last);
-        }
+        // Keys past the end weigh e^-inf = 0.
+        places[lane] = place;
+        weights[lane] = select(vec4<f32>(-3.0e38), dots / sqrt(f32(DH)), tile + lane < last);
         workgroupBarrier(); // all scores of the tile are there
         var most = -3.0e38;
-        if looked < HEADS {
-            for (var i = place; i < KEYS; i += SHARES) {
-                most = max(most, weights[looked * KEYS + i]);
-            }
+        for (var i = s; i < KEYS; i += 8u * few) {
+            most = max(most, weights[i][h]);
         }
-        meeting[lane].x = most;
+        found[s][h] = most;
         workgroupBarrier(); // the largest of all shares are there
-        if lane < HEADS {
-            most = largest[lane];
-            for (var i = 0u; i < SHARES; i++) {
-                most = max(most, meeting[lane * SHARES + i].x);
+        if lane < 4u {
+            let old = top[lane];
+            most = old;
+            for (var i = 0u; i < 8u * few; i++) {
+                most = max(most, found[i][lane]);
             }
-            shrink[lane] = exp_f32(largest[lane] - most);
-            largest[lane] = most;
+            top[lane] = most;
+            shrink[lane] = exp_f32(old - most);
         }
         workgroupBarrier(); // the largest scores so far are there
-        for (var h = 0u; h < HEADS; h++) {
-            weights[h * KEYS + lane] = exp_f32(weights[h * KEYS + lane] - largest[h]);
-        }
-        workgroupBarrier(); // all weights are there
+        most = top[h];
         var part = 0.0;
-        if looked < HEADS {
-            for (var i = place; i < KEYS; i += SHARES) {
-                part += weights[looked * KEYS + i];
-            }
+        for (var i = s; i < KEYS; i += 8u * few) {
+            let w = exp_f32(weights[i][h] - most);
+            weights[i][h] = w;
+            part += w;
         }
-        meeting[lane].x = part;
-        for (var h = 0u; h < HEADS; h++) {
-            sums[h] *= shrink[h];
-        }
-        for (var n = 0u; n < each; n++) {
-            // The last keys stand for those past the end, with weights of zero.
-            let i = min(team * each + n, KEYS - 1u);
-            let v = value4(places[i] + quad);
-            let live = team < teams && team * each + n < KEYS;
-            for (var h = 0u; h < HEADS; h++) {
-                sums[h] = fma(vec4<f32>(select(0.0, weights[h * KEYS + i], live)), v, sums[h]);
-            }
-        }
-        workgroupBarrier(); // the sums of all shares are there
-        if lane < HEADS {
+        found[s][h] = part;
+        workgroupBarrier(); // all weights and the sums of all shares are there
+        if lane < 4u {
             part = total[lane] * shrink[lane];
-            for (var i = 0u; i < SHARES; i++) {
-                part += meeting[lane * SHARES + i].x;
+            for (var i = 0u; i < 8u * few; i++) {
+                part += found[i][lane];
             }
             total[lane] = part;
         }
-    }
-    for (var h = 0u; h < HEADS; h++) {
-        workgroupBarrier(); // all lanes have read what stood in `meeting`
-        meeting[lane] = sums[h];
-        workgroupBarrier(); // all teams' sums are there
-        if lane < quads && first < last {
-            var sum = vec4<f32>(0.0);
-            for (var i = 0u; i < teams; i++) {
-                sum += meeting[i * quads + lane];
+        let less = shrink;
+        sum0 *= less.x;
+        sum1 *= less.y;
+        sum2 *= less.z;
+        sum3 *= less.w;
+        for (var n = 0u; n < each * few / 4u; n += 4u) {
+            var vs: array<vec4<f32>, 4>;
+            for (var m = 0u; m < 4u; m++) {
+                vs[m] = value4(places[min(team * each + n + m, KEYS - 1u)] + quad);
             }
-            result(t, head + h, group.z, lane, sum, largest[h], total[h]);
+            for (var m = 0u; m < 4u; m++) {
+                let i = team * each + n + m;
+                let w = select(vec4<f32>(0.0), weights[min(i, KEYS - 1u)], team < teams && n + m < each && i < KEYS);
+                sum0 = fma(vec4<f32>(w.x), vs[m], sum0);
+                sum1 = fma(vec4<f32>(w.y), vs[m], sum1);
+                sum2 = fma(vec4<f32>(w.z), vs[m], sum2);
+                sum3 = fma(vec4<f32>(w.w), vs[m], sum3);
+            }
         }
+    }
+    meeting[0][lane] = sum0;
+    meeting[1][lane] = sum1;
+    meeting[2][lane] = sum2;
+    meeting[3][lane] = sum3;
+    workgroupBarrier(); // all teams' sums are there
+    for (var n = lane; n < HEADS * quads && first < last; n += KEYS) {
+        let h = n / quads;
+        var sum = vec4<f32>(0.0);
+        for (var i = 0u; i < teams * few / 4u; i++) {
+            sum += meeting[h][i * quads + n % quads];
+        }
+        result(t, head + h, group.z, n % quads, sum, top[h], total[h]);
     }
 }

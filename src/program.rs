@@ -164,6 +164,8 @@ pub struct Program {
     pub(crate) tokens: u32,
     pub(crate) host: HostStages,
     pub(crate) role: Role,
+    /// Prompts may take matrix units.
+    pub(crate) matrix: bool,
     /// Record what fused ops do as launches of their own, with the same bits: the lab looks between them.
     pub(crate) in_parts: bool,
     /// Unique in the process: this very list of launches, which will not change any more.
@@ -184,6 +186,16 @@ impl Program {
     /// The same with fused ops recorded as their parts.
     pub fn in_parts(self, in_parts: bool) -> Self {
         Self { in_parts, ..self }
+    }
+
+    /// The same for a device that has matrix units, or has not.
+    pub fn with_matrix(self, matrix: bool) -> Self {
+        Self { matrix, ..self }
+    }
+
+    /// Whether this program's products are made by matrix units where they can be.
+    pub(crate) fn by_matrix(&self) -> bool {
+        self.matrix && self.role == Role::Prompt
     }
 
     /// Promise that the launches stay as they are, so that a device may keep what it made of them.
@@ -261,7 +273,7 @@ impl Program {
 
     fn part(&self, from: usize, to: usize) -> Program {
         let launches = self.launches[from..to].to_vec();
-        let Program { tokens, host, role, in_parts, .. } = *self;
-        Program { launches, stages: Vec::new(), tokens, host, role, in_parts, sealed: None }
+        let Program { tokens, host, role, matrix, in_parts, .. } = *self;
+        Program { launches, stages: Vec::new(), tokens, host, role, matrix, in_parts, sealed: None }
     }
 }

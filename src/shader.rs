@@ -89,6 +89,7 @@ shared!(
     "input_nvfp4",
     "lanes_32",
     "lanes_8",
+    "matrix",
     "norm",
     "pages",
     "reduce_shared",

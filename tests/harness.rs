@@ -24,6 +24,7 @@ pub fn gpus() -> &'static [Named] {
         let plain = gpu::Options {
             adapter: std::env::var("FOURFOLD_TEST_ADAPTER").ok(),
             pipeline_cache: gpu::PipelineCache::Off,
+            without_matrix_units: true,
             ..Default::default()
         };
         let no_subgroups = gpu::Options { without_subgroups: true, ..plain.clone() };
@@ -53,7 +54,22 @@ pub fn gpus() -> &'static [Named] {
     })
 }
 
-/// The GPU as it is.
+/// The GPU with its matrix units, if it has any.
+pub fn matrix_gpu() -> Option<Arc<dyn Device>> {
+    let options = gpu::Options {
+        adapter: std::env::var("FOURFOLD_TEST_ADAPTER").ok(),
+        pipeline_cache: gpu::PipelineCache::Off,
+        ..Default::default()
+    };
+    let gpu: Arc<dyn Device> = Arc::new(Gpu::open(&options).ok()?);
+    if !gpu.limits().matrix {
+        eprintln!("SKIPPED: {} has no matrix units that kernels here can take", gpu.describe());
+        return None;
+    }
+    Some(gpu)
+}
+
+/// The GPU as it is, without matrix units.
 pub fn gpu() -> Option<Arc<dyn Device>> {
     gpus().first().map(|(_, gpu)| gpu.clone())
 }

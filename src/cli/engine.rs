@@ -44,6 +44,9 @@ pub(super) struct EngineArgs {
     /// Keep wgpu's checks in the shaders: same results, slower. Takes a GPU
     #[arg(long)]
     checked_shaders: bool,
+    /// Compute prompts without matrix units, as a GPU that has none
+    #[arg(long)]
+    no_matrix_units: bool,
     /// Behave as a GPU without subgroups
     #[arg(long, hide = true)]
     no_subgroups: bool,
@@ -158,6 +161,7 @@ impl EngineArgs {
             adapter: self.adapter.clone(),
             checked_shaders: self.checked_shaders,
             without_subgroups: self.no_subgroups,
+            without_matrix_units: self.no_matrix_units,
             max_binding_bytes: self.max_binding_bytes,
             max_memory_bytes: self.max_memory_bytes,
             table_decode: false,

@@ -84,6 +84,14 @@ impl Format {
         }
     }
 
+    /// Whether an element with its block scale is a half, which matrix units take. (Scales of FP8 blocks are any f32.)
+    pub const fn fits_half(self) -> bool {
+        match self {
+            Self::Bf16 | Self::Fp8 | Self::Mxfp4 | Self::Nvfp4 => true,
+            Self::F32 | Self::Fp8Blocks => false,
+        }
+    }
+
     /// Whether each row has an f32 of its own: NVFP4's tensor scale, or FP8's.
     pub const fn has_row_scale(self) -> bool {
         matches!(self, Self::Fp8 | Self::Nvfp4)

@@ -120,7 +120,7 @@ impl Model {
     /// The step over `tokens` rows: embedding and all layers. Reads `rows` and `step` of the state. `in_parts`: with a
     /// launch for every stage, to look between those that are fused; the bits are the same.
     pub fn body(&self, tokens: u32, role: Role, in_parts: bool, s: &State) -> Program {
-        let mut p = Program::new(tokens, s.host).of(role).in_parts(in_parts);
+        let mut p = Program::new(tokens, s.host).of(role).in_parts(in_parts).with_matrix(s.matrix);
         p.embed(&self.embed, s.rows, s.x);
         p.stage(|| "embed".to_owned(), s.x, self.config.hidden_size);
         if let Some(addend) = self.layers(&mut p, s) {

@@ -112,6 +112,8 @@ pub struct State {
     /// cos and sin of every position that the context holds, `[C, Dh/2]` pairs.
     pub(super) rope_table: Slice,
     pub(super) host: HostStages,
+    /// Whether the device has matrix units.
+    pub(super) matrix: bool,
     windows: Vec<u32>,
     activations: Activations,
     staging: Option<Staging>,
@@ -218,6 +220,7 @@ impl State {
             kv,
             rope_table,
             host: plan.host,
+            matrix: device.limits().matrix,
             windows: (0..c.num_hidden_layers).map(|idx| window(c, idx)).collect(),
             activations: plan.activations,
             staging,
@@ -320,7 +323,7 @@ impl State {
             if let (Input::Nvfp4 { .. }, None) = (input, piece.input_scale) {
                 shared = Some(input);
             }
-            p.linear_piece(self.step, w, piece, input, y);
+            p.linear_by_matrix(self.step, w, piece, input, y);
         }
     }
 

@@ -57,6 +57,13 @@ impl Launch {
             Input::Nvfp4 { rows, scales } => self.fill("input", "input_nvfp4").read("x", rows).read("x_scales", scales),
         }
     }
+
+    /// Bind input rows of a kernel with matrix units, which takes f32 only.
+    pub(crate) fn matrix_input(self, input: Input) -> Self {
+        match input {
+            Input::F32(rows) | Input::Nvfp4 { rows, .. } => self.read("x", rows),
+        }
+    }
 }
 
 impl<'a> Views<'a> {

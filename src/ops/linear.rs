@@ -11,6 +11,16 @@ pub(crate) const KERNEL: Kernel = Kernel {
     slots: &[WEIGHTS, E2M1, INPUT, BIAS, TILE, LANES, REDUCE],
 };
 
+/// For many rows, by matrix units.
+pub(crate) const MATRIX: Kernel = Kernel {
+    name: "linear_matrix",
+    source: include_str!("../../shaders/linear_matrix.wgsl"),
+    slots: &[WEIGHTS, E2M1, BIAS],
+};
+
+/// Rows of weights, and tokens, of a workgroup with matrix units.
+pub(crate) const MATRIX_TILE: [u32; 2] = [128, 64];
+
 /// A linear layer: one matrix, or several whose rows follow each other in the output, where their formats or activation
 /// scales differ (q, k and v of some checkpoints).
 #[derive(Debug)]
@@ -54,7 +64,7 @@ pub struct Linear {
 impl Program {
     /// `y = w x + bias` by row. `step`: uniform with T; `x`: `[T, K]`, `y`: `[T, N]` f32; `bias`: `[N]` bf16.
     pub fn linear(&mut self, step: Slice, w: &Weight, bias: Option<Slice>, x: impl Into<Input>, y: Slice) {
-        self.linear_columns(step, w, [0, w.n], bias, x.into(), y);
+        self.linear_columns(step, w, [0, w.n], bias, x.into(), y, false);
     }
 
     /// `y = w x + bias` by row, through every matrix of a linear layer.
@@ -66,7 +76,12 @@ impl Program {
 
     /// One matrix of a [`Projection`], into its columns of `y`.
     pub fn linear_piece(&mut self, step: Slice, w: &Projection, piece: &Piece, x: impl Into<Input>, y: Slice) {
-        self.linear_columns(step, &piece.weight, [piece.first, w.n], w.bias, x.into(), y);
+        self.linear_columns(step, &piece.weight, [piece.first, w.n], w.bias, x.into(), y, false);
+    }
+
+    /// The same by matrix units, where the program may take them: not for routers, whose scores decide.
+    pub fn linear_by_matrix(&mut self, step: Slice, w: &Projection, piece: &Piece, x: impl Into<Input>, y: Slice) {
+        self.linear_columns(step, &piece.weight, [piece.first, w.n], w.bias, x.into(), y, true);
     }
 
     fn linear_columns(
@@ -77,18 +92,26 @@ impl Program {
         bias: Option<Slice>,
         x: Input,
         y: Slice,
+        matrix: bool,
     ) {
         // The tile changes how many sums a lane carries, not the order of any of them.
         let (tile, tokens) = if self.tokens < 4 { ("tile_1", 1) } else { ("tile_8", 8) };
+        let by_matrix = matrix && self.by_matrix() && x.format() == InputFormat::F32 && w.format.fits_half();
         for part in &w.parts {
+            if by_matrix {
+                let first = first + part.first;
+                let op = Linear { format: w.format, input: x.format(), k: w.k, n, first, count: part.count };
+                let [tall, wide] = MATRIX_TILE;
+                let grid = [self.tokens.div_ceil(wide), part.count.div_ceil(tall), 1];
+                let launch = Launch::new(Op::Linear(op), &MATRIX, grid).matrix_input(x);
+                self.push(launch.read("step", step).weight(w.format, part).bias(bias).of_linear(op).update("y", y));
+                continue;
+            }
             let (input, first) = (x.format(), first + part.first);
             let op = Linear { format: w.format, input, k: w.k, n, first, count: part.count };
             let grid = [part.count.div_ceil(8), self.tokens.div_ceil(tokens), 1];
             let launch = Launch::new(Op::Linear(op), &KERNEL, grid)
-                .constant("K", op.k)
-                .constant("N", op.n)
-                .constant("FIRST", op.first)
-                .constant("COUNT", op.count)
+                .of_linear(op)
                 .read("step", step)
                 .weight(w.format, part)
                 .bias(bias)
@@ -97,6 +120,12 @@ impl Program {
                 .update("y", y);
             self.push(launch);
         }
+    }
+}
+
+impl Launch {
+    fn of_linear(self, op: Linear) -> Self {
+        self.constant("K", op.k).constant("N", op.n).constant("FIRST", op.first).constant("COUNT", op.count)
     }
 }
 

@@ -57,7 +57,7 @@ pub use weight::{Matrix, Part, Weight, WeightBytes};
 use crate::shader::Kernel;
 
 /// Every kernel there is.
-pub const KERNELS: [&Kernel; 21] = [
+pub const KERNELS: [&Kernel; 22] = [
     &add::KERNEL,
     &add_norm::KERNEL,
     &amax::KERNEL,
@@ -69,6 +69,7 @@ pub const KERNELS: [&Kernel; 21] = [
     &glu::KERNEL,
     &head_norm::KERNEL,
     &linear::KERNEL,
+    &linear::MATRIX,
     &moe_down::KERNEL,
     &moe_scatter::KERNEL,
     &moe_up::KERNEL,

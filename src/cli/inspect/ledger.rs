@@ -37,5 +37,9 @@ impl Ledger {
 /// The limits that an adapter states.
 pub(super) fn limits(adapter: &AdapterFacts) -> Limits {
     // Every adapter allows at least this grid, and Vulkan, Metal and DirectX name no more.
-    Limits { max_binding_bytes: adapter.max_binding_bytes.min(adapter.max_buffer_bytes), max_grid: adapter.max_grid }
+    Limits {
+        max_binding_bytes: adapter.max_binding_bytes.min(adapter.max_buffer_bytes),
+        max_grid: adapter.max_grid,
+        matrix: false,
+    }
 }

@@ -84,7 +84,8 @@ pub fn is_hardware(facts: &AdapterFacts) -> bool {
 }
 
 /// Open the first adapter whose name contains `name` (ignoring case), or the first of all.
-pub(super) fn open(name: Option<&str>, without_subgroups: bool) -> Result<(wgpu::Device, wgpu::Queue)> {
+pub(super) fn open(options: &super::Options) -> Result<(wgpu::Device, wgpu::Queue, bool)> {
+    let name = options.adapter.as_deref();
     let all = adapters();
     let wanted =
         |a: &&wgpu::Adapter| name.is_none_or(|name| a.get_info().name.to_lowercase().contains(&name.to_lowercase()));
@@ -101,18 +102,48 @@ pub(super) fn open(name: Option<&str>, without_subgroups: bool) -> Result<(wgpu:
         })
     })?;
     let mut features = (Features::SUBGROUP | Features::TIMESTAMP_QUERY | Features::PIPELINE_CACHE) & adapter.features();
-    if without_subgroups {
+    if options.without_subgroups {
         features.remove(Features::SUBGROUP);
+    }
+    let matrix = !options.without_subgroups && !options.without_matrix_units && has_matrix_units(adapter);
+    let mut experimental_features = wgpu::ExperimentalFeatures::disabled();
+    if matrix {
+        features |= MATRIX;
+        experimental_features = experimental();
     }
     let descriptor = wgpu::DeviceDescriptor {
         label: Some("fourfold"),
         required_features: features,
         required_limits: adapter.limits(),
-        experimental_features: wgpu::ExperimentalFeatures::disabled(),
+        experimental_features,
         // Weights are a few large buffers that stay: no need for slack in the blocks.
         memory_hints: wgpu::MemoryHints::MemoryUsage,
         trace: wgpu::Trace::Off,
     };
     pollster::block_on(adapter.request_device(&descriptor))
+        .map(|(device, queue)| (device, queue, matrix))
         .map_err(|e| Error::Device(format!("{} did not open: {e}", adapter.get_info().name)))
+}
+
+/// What kernels with matrix units need.
+const MATRIX: Features = Features::EXPERIMENTAL_COOPERATIVE_MATRIX.union(Features::SHADER_F16);
+
+/// Whether the adapter multiplies 16 x 16 halves and adds them in f32, a subgroup of 32 lanes at a time.
+fn has_matrix_units(adapter: &wgpu::Adapter) -> bool {
+    use wgpu::CooperativeScalarType::{F16, F32};
+    let info = adapter.get_info();
+    let fits = |p: &wgpu::CooperativeMatrixProperties| {
+        [p.m_size, p.n_size, p.k_size] == [16; 3] && p.ab_type == F16 && p.cr_type == F32
+    };
+    adapter.features().contains(MATRIX | Features::SUBGROUP)
+        && (info.subgroup_min_size, info.subgroup_max_size) == (32, 32)
+        && adapter.limits().max_compute_workgroup_storage_size >= 32 << 10
+        && adapter.cooperative_matrix_properties().iter().any(fits)
+}
+
+#[allow(unsafe_code, reason = "wgpu asks for a promise before it gives out what it still works on")]
+fn experimental() -> wgpu::ExperimentalFeatures {
+    // SAFETY: only cooperative matrices are asked for, in kernels of ours that the tests hold to their twins; the start-up
+    // check runs them before a model does.
+    unsafe { wgpu::ExperimentalFeatures::enabled() }
 }

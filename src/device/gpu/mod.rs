@@ -39,6 +39,8 @@ pub struct Options {
     pub checked_shaders: bool,
     /// Behave as an adapter without subgroups.
     pub without_subgroups: bool,
+    /// Leave matrix units alone: prompts are slower, and have the bits of an adapter without.
+    pub without_matrix_units: bool,
     /// Decode FP4 codes by a table: for adapters that flush subnormal halves.
     pub table_decode: bool,
     /// Behave as an adapter that binds no more than this.
@@ -78,7 +80,7 @@ pub struct Gpu {
 impl Gpu {
     /// Open an adapter.
     pub fn open(options: &Options) -> Result<Self> {
-        let (device, queue) = adapter::open(options.adapter.as_deref(), options.without_subgroups)?;
+        let (device, queue, matrix) = adapter::open(options)?;
         let lost: Arc<Mutex<Option<String>>> = Arc::default();
         let note = lost.clone();
         device.set_device_lost_callback(move |reason, text| {
@@ -88,7 +90,7 @@ impl Gpu {
         // Errors belong to the scopes around our own calls; what still comes through is logged, not a panic.
         device.on_uncaptured_error(Arc::new(|e: wgpu::Error| tracing::error!("uncaptured wgpu error: {e}")));
         let folder = options.pipeline_cache.of_ours();
-        Ok(Self::new(device, queue, lost, options, folder))
+        Ok(Self::new((device, queue, matrix), lost, options, folder))
     }
 
     /// Open the first adapter that is not software. The error says why there is none.
@@ -113,12 +115,11 @@ impl Gpu {
     /// folder and the device has the feature for it.
     pub fn from_wgpu(device: wgpu::Device, queue: wgpu::Queue, options: &Options) -> Self {
         let folder = options.pipeline_cache.of_anothers();
-        Self::new(device, queue, Arc::default(), options, folder)
+        Self::new((device, queue, false), Arc::default(), options, folder)
     }
 
     fn new(
-        device: wgpu::Device,
-        queue: wgpu::Queue,
+        (device, queue, matrix): (wgpu::Device, wgpu::Queue, bool),
         lost: Arc<Mutex<Option<String>>>,
         options: &Options,
         pipelines: Option<PathBuf>,
@@ -131,6 +132,7 @@ impl Gpu {
                 .min(facts.max_buffer_bytes)
                 .min(options.max_binding_bytes.unwrap_or(u64::MAX)),
             max_grid: facts.max_grid,
+            matrix,
         };
         let smallest = device.adapter_info().subgroup_min_size;
         let wide = smallest >= 32;

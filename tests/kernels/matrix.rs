@@ -1,0 +1,55 @@
+//! Kernels with matrix units against their twins. Needs an adapter that has them: lavapipe has none.
+
+use super::{FORMATS, matrix, program, step, weight};
+use crate::harness::{Bench, Random, assert_near, cpu, matrix_gpu};
+use fourfold::device::Device;
+use fourfold::format::Format;
+use fourfold::ops::{Piece, Projection};
+use fourfold::program::{Program, Slice};
+use std::sync::Arc;
+
+/// What two halves keep of an input, and how the units add: about as much as f32 does over a few thousand products.
+const TOLERANCE: f64 = 4e-6;
+
+fn linear_case(
+    b: &mut Bench,
+    format: Format,
+    rows: std::ops::Range<usize>,
+    [n, k]: [usize; 2],
+) -> (Program, Vec<Slice>) {
+    let mut random = Random((n + k) as u64);
+    let bytes = matrix(&mut random, format, n, k);
+    let weight = weight(b, format, [n, k], &bytes);
+    let bias = b.input(&random.bf16s(n));
+    let x = random.f32s(200 * k);
+    let t = rows.len();
+    let (step, x, y) = (step(b, t), b.input(&x[rows.start * k..rows.end * k]), b.output(t * n));
+    let piece = Piece { weight, first: 0, input_scale: None };
+    let projection = Projection { pieces: vec![piece], n: n as u32, bias: Some(bias) };
+    let mut p = program(t).with_matrix(true);
+    p.linear_by_matrix(step, &projection, &projection.pieces[0], x, y);
+    b.keep(projection.pieces.into_iter().next().unwrap().weight);
+    (p, vec![y])
+}
+
+#[test]
+fn linear_by_matrix_units() {
+    let Some(gpu) = matrix_gpu() else { return };
+    let run = |device: &Arc<dyn Device>, format, rows, shape| {
+        let mut b = Bench::new(device);
+        let (p, outputs) = linear_case(&mut b, format, rows, shape);
+        b.run(&p, &outputs).swap_remove(0)
+    };
+    for format in FORMATS.into_iter().filter(|f| f.fits_half()) {
+        for (t, shape) in [(1, [128, 32]), (3, [8, 128]), (64, [130, 96]), (65, [384, 256]), (200, [72, 2880])] {
+            let got = run(&gpu, format, 0..t, shape);
+            let want = run(&cpu(), format, 0..t, shape);
+            assert_near(&format!("{format:?} T={t} N, K={shape:?}"), &got, &want, TOLERANCE);
+            // A row alone, and in another place, has the same bits.
+            for row in [0, t / 2, t - 1] {
+                let alone = run(&gpu, format, row..row + 1, shape);
+                assert!(alone == got[row * shape[0]..][..shape[0]], "{format:?} row {row} of {t}: other bits alone");
+            }
+        }
+    }
+}

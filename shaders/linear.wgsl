@@ -2,7 +2,7 @@
 //
 //   y[t, FIRST+n] = bias[FIRST+n] + scale_n scale_t sum_k w[n,k] x[t,k]
 //
-// grid      ceil(COUNT / 8) x ceil(T / TOKENS) workgroups: LANES lanes a weight row, TOKENS tokens at once
+// grid      ceil(T / TOKENS) x ceil(COUNT / (8 ROWS)) workgroups: LANES lanes for ROWS weight rows and TOKENS tokens
 // in        x     slot  [T, K]          with a scale a row where it is quantised
 //           w     slot  [COUNT, K]      rows FIRST.. of the whole matrix, with a scale a row where the format has it
 //           bias  slot  [N]
@@ -12,8 +12,8 @@
 // requires  K a multiple of 16
 // twin      src/ops/linear.rs
 //
-// The K loop is the same for any T: TOKENS only says how many independent sums a lane carries, so a token's bits do
-// not depend on its neighbours.
+// The K loop is the same for any T: TOKENS and ROWS only say how many independent sums a lane carries, so a token's bits
+// do not depend on its neighbours. Workgroups that follow each other read the same weights.
 #import step
 #import weights
 #import input
@@ -29,22 +29,30 @@ override COUNT: u32;
 
 @compute @workgroup_size(LANES * 8u)
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) lane: u32) {
-    let n = group.x * 8u + lane / LANES;
-    let row = min(n, COUNT - 1u); // lanes past the end compute the last row again and write nothing
-    let t0 = group.y * TOKENS;
-    var sums: array<f32, TOKENS>;
+    let t0 = group.x * TOKENS;
+    let n0 = (group.y * 8u + lane / LANES) * ROWS;
+    var sums: array<f32, ROWS * TOKENS>;
     for (var i = lane % LANES; i < K / 16u; i += LANES) {
-        let w = weight_at(row, K / 16u, i);
+        var w: array<Sixteen, ROWS>;
+        for (var r = 0u; r < ROWS; r++) {
+            // Past the end the last row again, for nothing; so it is with tokens.
+            w[r] = weight_at(min(n0 + r, COUNT - 1u), K / 16u, i);
+        }
         for (var j = 0u; j < TOKENS; j++) {
             let x = in_units(input_at(min(t0 + j, step.tokens - 1u), K / 16u, i));
-            sums[j] = dot16(w, x, sums[j]);
+            for (var r = 0u; r < ROWS; r++) {
+                sums[j * ROWS + r] = dot16(w[r], x, sums[j * ROWS + r]);
+            }
         }
     }
     for (var j = 0u; j < TOKENS; j++) {
-        let sum = reduce(sums[j], lane);
-        let t = t0 + j;
-        if lane % LANES == 0u && n < COUNT && t < step.tokens {
-            y[t * N + FIRST + n] = fma(sum, row_scale(row) * input_scale(t), bias_at(FIRST + n));
+        for (var r = 0u; r < ROWS; r++) {
+            let sum = reduce(sums[j * ROWS + r], lane);
+            let t = t0 + j;
+            let n = n0 + r;
+            if lane % LANES == 0u && n < COUNT && t < step.tokens {
+                y[t * N + FIRST + n] = fma(sum, row_scale(n) * input_scale(t), bias_at(FIRST + n));
+            }
         }
     }
 }

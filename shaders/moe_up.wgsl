@@ -4,20 +4,22 @@
 //   u = bias[e, up]   + scale_up   scale_x sum_k w[e, up, k]   x[i,k]          gate = f STRIDE, up = f STRIDE + UP
 //   y[t,a,f] = glu(g, u)
 //
-// grid      ceil(F / 8) x T A workgroups: LANES lanes an output
-// in        experts  u32   [T, A]
+// grid      ceil(F / (4 ROWS)) x tiles workgroups: LANES lanes for ROWS / 2 outputs of the routes of a tile
+// in        experts  slot  [T, A]               or the tiles that `group` made of them
 //           x        slot  [T A / SHARE, K]     SHARE routes read one row
 //           w        slot  [COUNT, 2F, K]       experts FIRST.. of the layer
 //           bias     slot  [E, 2F]
 // out       y        f32   [T, A, F]            routes to other parts' experts are left alone
 // override  K, F, SHARE, FIRST, COUNT, STRIDE, UP          gate and up rows interleaved: 2, 1; in halves: 1, F
-// slots     weights, e2m1, input, bias, glu, lanes, reduce
-// requires  K a multiple of 16
+// slots     weights, e2m1, input, bias, glu, routes, tile, lanes, reduce
+// requires  K a multiple of 16, ROWS of 2
 // twin      src/ops/moe_up.rs
 #import weights
 #import input
 #import bias
 #import glu
+#import routes
+#import tile
 #import dot16
 #import reduce
 override K: u32;
@@ -27,31 +29,54 @@ override FIRST: u32;
 override COUNT: u32;
 override STRIDE: u32;
 override UP: u32;
-@group(0) @binding(5) var<storage, read> experts: array<u32>;
 @group(0) @binding(6) var<storage, read_write> y: array<f32>;
 
 @compute @workgroup_size(LANES * 8u)
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) lane: u32) {
-    let f = group.x * 8u + lane / LANES;
-    let expert = experts[group.y];
+    let expert = expert_of(group.y);
+    let count = routes_of(group.y);
     let part = expert - FIRST; // wraps to a large number for an expert before this part
-    let gate_row = min(part, COUNT - 1u) * F * 2u + min(f, F - 1u) * STRIDE;
-    let up_row = gate_row + UP;
-    let source = group.y / SHARE;
-    var gate = 0.0;
-    var up = 0.0;
-    for (var i = lane % LANES; i < K / 16u; i += LANES) {
-        let x = in_units(input_at(source, K / 16u, i));
-        gate = dot16(weight_at(gate_row, K / 16u, i), x, gate);
-        up = dot16(weight_at(up_row, K / 16u, i), x, up);
+    if count == 0u || part >= COUNT {
+        return; // the whole workgroup
     }
-    gate = reduce(gate, lane);
-    up = reduce(up, lane);
-    if lane % LANES == 0u && f < F && part < COUNT {
-        let at = expert * F * 2u + f * STRIDE;
-        let scale = input_scale(source);
-        let g = fma(gate, row_scale(gate_row) * scale, bias_at(at));
-        let u = fma(up, row_scale(up_row) * scale, bias_at(at + UP));
-        y[group.y * F + f] = glu(g, u);
+    let f0 = (group.x * 8u + lane / LANES) * (ROWS / 2u);
+    let base = part * F * 2u;
+    var routes: array<u32, TOKENS>;
+    for (var j = 0u; j < TOKENS; j++) {
+        routes[j] = route_at(group.y, j);
+    }
+    // Rows 2r and 2r + 1 are gate and up of output r.
+    var sums: array<f32, ROWS * TOKENS>;
+    for (var i = lane % LANES; i < K / 16u; i += LANES) {
+        var w: array<Sixteen, ROWS>;
+        for (var r = 0u; r < ROWS; r++) {
+            // Past the end the last output again, for nothing.
+            w[r] = weight_at(base + min(f0 + r / 2u, F - 1u) * STRIDE + r % 2u * UP, K / 16u, i);
+        }
+        for (var j = 0u; j < TOKENS; j++) {
+            if j < count {
+                let x = in_units(input_at(routes[j] / SHARE, K / 16u, i));
+                for (var r = 0u; r < ROWS; r++) {
+                    sums[j * ROWS + r] = dot16(w[r], x, sums[j * ROWS + r]);
+                }
+            }
+        }
+    }
+    for (var j = 0u; j < TOKENS; j++) {
+        if j < count {
+            for (var r = 0u; r < ROWS; r += 2u) {
+                let gate = reduce(sums[j * ROWS + r], lane);
+                let up = reduce(sums[j * ROWS + r + 1u], lane);
+                let f = f0 + r / 2u;
+                if lane % LANES == 0u && f < F {
+                    let row = base + f * STRIDE;
+                    let at = expert * F * 2u + f * STRIDE;
+                    let scale = input_scale(routes[j] / SHARE);
+                    let g = fma(gate, row_scale(row) * scale, bias_at(at));
+                    let u = fma(up, row_scale(row + UP) * scale, bias_at(at + UP));
+                    y[routes[j] * F + f] = glu(g, u);
+                }
+            }
+        }
     }
 }

@@ -32,6 +32,8 @@ pub(crate) const INPUT: Slot = Slot { name: "input", fillings: &["input_f32", "i
 pub(crate) const GLU: Slot = Slot { name: "glu", fillings: &["glu_clamped", "glu_silu"] };
 /// What is added to the residual stream: rows, or the weighted sum of routes.
 pub(crate) const ADDEND: Slot = Slot { name: "addend", fillings: &["addend_rows", "addend_routes"] };
+/// Routes of a tile of `group`.
+pub(crate) const TILES: Slot = Slot { name: "tiles", fillings: &["tiles_8", "tiles_64"] };
 /// What attention over some keys leaves: the result, or a segment's part of it.
 pub(crate) const RESULT: Slot = Slot { name: "result", fillings: &["result_whole", "result_segment"] };
 /// A learned score that takes attention from the keys, or none.
@@ -47,8 +49,12 @@ pub(crate) const E2M1: Slot = Slot { name: "e2m1", fillings: &["e2m1_half", "e2m
 pub(crate) const LANES: Slot = Slot { name: "lanes", fillings: &["lanes_8", "lanes_32"] };
 /// The sum of those lanes; the adapter decides.
 pub(crate) const REDUCE: Slot = Slot { name: "reduce", fillings: &["reduce_subgroup", "reduce_shared"] };
-/// Tokens that a workgroup carries.
-pub(crate) const TILE: Slot = Slot { name: "tile", fillings: &["tile_1", "tile_8"] };
+/// Tokens and rows of weights that a lane carries.
+pub(crate) const TILE: Slot = Slot { name: "tile", fillings: &["tile_1", "tile_8", "tile_8x4"] };
+/// The same for experts.
+pub(crate) const EXPERT_TILE: Slot = Slot { name: "tile", fillings: &["tile_1x2", "tile_8", "tile_8x4"] };
+/// The routes that a workgroup carries.
+pub(crate) const ROUTES: Slot = Slot { name: "routes", fillings: &["routes_each", "routes_grouped"] };
 /// The cache's format, read.
 pub(crate) const CACHE: Slot = Slot { name: "cache", fillings: &["cache_f32", "cache_bf16"] };
 /// The cache's format, written.
@@ -96,6 +102,8 @@ shared!(
     "reduce_subgroup",
     "result_segment",
     "result_whole",
+    "routes_each",
+    "routes_grouped",
     "row",
     "segments",
     "sink_bf16",
@@ -103,7 +111,11 @@ shared!(
     "sixteen",
     "step",
     "tile_1",
+    "tile_1x2",
     "tile_8",
+    "tile_8x4",
+    "tiles_64",
+    "tiles_8",
     "weights_bf16",
     "weights_fp8",
     "weights_fp8_blocks",

@@ -208,7 +208,8 @@ impl Planter {
                     self.buffer(name, || bytemuck::cast_slice(&vec![value; like.bytes as usize / 4]).to_vec())
                 };
                 let zeros = filled("zeros", x, 0.0);
-                let routes = |weights| Routes { experts: slice(&p.launches[down], "experts"), weights };
+                let router = self.launch(p, 1, 0, |op| matches!(op, Op::Router(_)));
+                let routes = |weights| Routes { experts: slice(&p.launches[router], "experts"), weights };
                 let ones = routes(filled("ones", slice(&scatter, "weights"), 1.0));
                 let own = routes(slice(&scatter, "weights"));
                 let mut more = Program::new(p.tokens(), HostStages::default());
@@ -470,11 +471,13 @@ fn tracing_changes_no_bit_and_adds_nothing_when_off() {
     let note = launches.clone();
     let engine = engine(&cpu());
     let edit = Edit::new(move |program: &mut Program| {
-        note.lock().unwrap().push((program.launches.len(), program.stages.len()));
+        note.lock().unwrap().push((program.tokens(), program.launches.len(), program.stages.len()));
         program.stages.clear();
     });
     let unnamed = engine.session_edited(edit).unwrap().feed(&prompt(), fourfold::Want::All).unwrap();
     assert_eq!(unnamed, engine.session().unwrap().feed(&prompt(), fourfold::Want::All).unwrap());
     let launches = launches.lock().unwrap();
-    assert!(launches.iter().all(|l| *l == (1 + 4 * 13, 1 + 4 * 12)), "{launches:?}");
+    // More than eight routes, four a token, are grouped: a launch a layer.
+    let want = |tokens: u32| if tokens > 2 { 1 + 4 * 14 } else { 1 + 4 * 13 };
+    assert!(launches.iter().all(|(tokens, n, stages)| *n == want(*tokens) && *stages == 1 + 4 * 12), "{launches:?}");
 }

@@ -3,6 +3,7 @@
 
 mod attention;
 mod draw;
+mod group;
 mod matrix;
 
 use crate::harness::{Bench, Named, Random, assert_near, cpu, gpus, small_binding_gpu, sum_tolerance};

@@ -180,7 +180,7 @@ fn a_model_that_does_not_fit_is_refused_before_anything_is_uploaded() {
     let (model, session) = (needs.model_bytes(), needs.session_bytes());
     let on_disk = checkpoint.total_bytes();
     assert!(needs.weight_bytes() >= on_disk && needs.weight_bytes() < on_disk + on_disk / 50, "{needs} {on_disk}");
-    assert_eq!(state.slices().iter().map(|s| s.bytes).sum::<u64>(), session, "what a conversation takes is known");
+    assert_eq!(state.bytes(), session, "what a conversation takes is known");
     assert!(ample.writes.load(Ordering::Relaxed) > 0);
     drop(state);
     assert_eq!(ample.taken.load(Ordering::Relaxed), 0);

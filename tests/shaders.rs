@@ -1,7 +1,7 @@
 //! Every kernel with every slot filling: it composes, naga validates it, and it translates to SPIR-V, MSL and HLSL.
 //! Needs no GPU.
 
-use fourfold::ops::{KERNELS, Row, Step};
+use fourfold::ops::{KERNELS, Row, Step, Tile};
 use fourfold::shader::{self, Kernel, SHARED};
 use naga::back::{PipelineConstants, hlsl, msl, spv};
 use naga::valid::{Capabilities, ModuleInfo, ShaderStages, SubgroupOperationSet, ValidationFlags, Validator};
@@ -128,6 +128,14 @@ fn rust_and_wgsl_lay_out_structs_alike() {
     ];
     assert_eq!(members, want.map(|(name, at)| (name.to_owned(), at)));
     assert_eq!(size, size_of::<Row>());
+    let (members, size) = offsets(&kernel("group"), "Tile");
+    let want = [
+        ("expert", std::mem::offset_of!(Tile, expert)),
+        ("count", std::mem::offset_of!(Tile, count)),
+        ("routes", std::mem::offset_of!(Tile, routes)),
+    ];
+    assert_eq!(members, want.map(|(name, at)| (name.to_owned(), at)));
+    assert_eq!(size, size_of::<Tile>());
     let (members, size) = offsets(&kernel("linear"), "Step");
     assert_eq!(members[0], ("tokens".to_owned(), std::mem::offset_of!(Step, tokens)));
     assert_eq!(size, size_of::<Step>());

@@ -65,7 +65,10 @@ fn every_kernel_has_its_header_and_its_twin() {
 #[test]
 fn kernels_keep_the_reproducibility_rules() {
     for (path, text) in files("shaders", "wgsl") {
-        for word in ["subgroupAdd(", "subgroupMul(", "atomicAdd(", "#ifdef", "enable f16"].into_iter().filter(|w| !(path.ends_with("_matrix.wgsl") && *w == "enable f16")) {
+        for word in ["subgroupAdd(", "subgroupMul(", "atomicAdd(", "#ifdef", "enable f16"]
+            .into_iter()
+            .filter(|w| !(path.ends_with("_matrix.wgsl") && *w == "enable f16"))
+        {
             let code = text.lines().filter(|l| !l.trim_start().starts_with("//"));
             assert!(!code.into_iter().any(|l| l.contains(word)), "{path}: {word} has no place here");
         }

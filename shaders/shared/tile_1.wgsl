@@ -1,2 +1,3 @@
-// Fills slot `tile`: one token a workgroup, for decode.
+// Fills slot `tile`: one token and one row of weights a lane, for decode.
 const TOKENS = 1u;
+const ROWS = 1u;

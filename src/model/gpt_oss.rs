@@ -78,9 +78,9 @@ impl Layers for GptOss {
         p.router(Router { e: e as u32, a: form.a, normalise: true }, s.scores, s.routes);
         p.index_stage(name("mlp.router.experts"), s.routes.experts, a);
         p.stage(name("mlp.router.weights"), s.routes.weights, a);
-        s.up(p, &l.up, form, name("mlp_norm.staged"));
+        s.up(p, [&l.up, &l.down], form, name("mlp_norm.staged"));
         p.stage(name("mlp.up"), s.e, a * c.intermediate_size);
-        s.down(p, &l.down, form.a, name("mlp.up.staged"));
+        s.down(p, [&l.up, &l.down], form.a, name("mlp.up.staged"));
         p.stage(name("mlp.down"), s.y, a * d);
         s.routed(form.a)
     }

@@ -100,9 +100,9 @@ impl Layers for Qwen3Moe {
                 p.router(Router { e: e as u32, a: form.a, normalise: c.norm_topk_prob }, s.scores, s.routes);
                 p.index_stage(name("mlp.router.experts"), s.routes.experts, a);
                 p.stage(name("mlp.router.weights"), s.routes.weights, a);
-                s.up(p, up, form, name("mlp_norm.staged"));
+                s.up(p, [up, down], form, name("mlp_norm.staged"));
                 p.stage(name("mlp.up"), s.e, a * f);
-                s.down(p, down, form.a, name("mlp.up.staged"));
+                s.down(p, [up, down], form.a, name("mlp.up.staged"));
                 p.stage(name("mlp.down"), s.y, a * c.hidden_size);
                 s.routed(form.a)
             }

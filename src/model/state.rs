@@ -7,9 +7,9 @@ use crate::device::{Buffer, Device};
 use crate::error::{Error, Result};
 use crate::format::Format;
 use crate::ops::{
-    ActScale, Activations, Addend, CacheFormat, ExpertScales, Experts, Input, InputScales, KvCache, MoeScatter, PARTS,
-    Piece, Projection, RmsNorm, Routes, Row, StageActivation, Staging, Step, Swiglu, Weight, segments_within,
-    staged_words,
+    ActScale, Activations, Addend, CacheFormat, ExpertScales, Experts, Group, Input, InputScales, KvCache, MoeScatter,
+    PARTS, Piece, Projection, RmsNorm, Routes, Routing, Row, StageActivation, Staging, Step, Swiglu, Weight,
+    segments_within, staged_words,
 };
 use crate::program::{HostStages, Program, Slice};
 use std::sync::Arc;
@@ -18,6 +18,10 @@ use std::sync::Arc;
 const PAGE: u32 = 16;
 /// Bytes that the segments of attention may take, of as many rows at a time as fit.
 const SEGMENT_BYTES: u64 = 64 << 20;
+
+/// Most routes of a step that experts take one by one, or an eighth of the experts where that is more. So few go to
+/// different experts, mostly: to sort them would cost a launch and save nothing.
+const ROUTES_EACH: u32 = 8;
 
 /// How a model is loaded, and sizes of a conversation's buffers.
 #[derive(Clone, Copy, Debug)]
@@ -101,6 +105,8 @@ pub struct State {
     pub(super) delta: Slice,
     pub(super) scores: Slice,
     pub(super) routes: Routes,
+    /// The routes by expert: `Tile`s.
+    tiles: Slice,
     /// Gate and up of a dense MLP.
     pub(super) gate_up: Slice,
     /// What enters the second matrix of experts or of a dense MLP.
@@ -118,7 +124,7 @@ pub struct State {
     activations: Activations,
     staging: Option<Staging>,
     /// Page tables: written once.
-    _tables: Vec<Buffer>,
+    tables: Vec<Buffer>,
     buffers: Vec<Buffer>,
 }
 
@@ -152,13 +158,13 @@ impl State {
             Ok(slice)
         };
         // Layers with as many pages share a table.
-        let (mut tables, mut table_buffers): (Vec<(u32, Slice)>, _) = (Vec::new(), Vec::new());
+        let (mut by_pages, mut table_buffers): (Vec<(u32, Slice)>, _) = (Vec::new(), Vec::new());
         for idx in 0..c.num_hidden_layers {
             let pages = plan.capacity(c, idx) / PAGE;
-            if tables.iter().all(|(n, _)| *n != pages) {
+            if by_pages.iter().all(|(n, _)| *n != pages) {
                 let places: Vec<u32> = (0..plan.sequences * pages).collect();
                 let table = Buffer::with_bytes(device, "page table", bytemuck::cast_slice(&places))?;
-                tables.push((pages, table.slice()));
+                by_pages.push((pages, table.slice()));
                 table_buffers.push(table);
             }
         }
@@ -167,7 +173,7 @@ impl State {
                 let capacity = plan.capacity(c, idx);
                 let bytes = plan.cache.bytes(u64::from(plan.sequences * capacity) * hk * dh);
                 let pages = capacity / PAGE;
-                let table = tables.iter().find(|(n, _)| *n == pages).expect("made above").1;
+                let table = by_pages.iter().find(|(n, _)| *n == pages).expect("made above").1;
                 Ok(KvCache {
                     format: plan.cache,
                     page: PAGE,
@@ -192,6 +198,10 @@ impl State {
                 })
             }
         };
+        let tile_bytes = |matrix| {
+            let group = Group { e: e as u32, a: a as u32, matrix };
+            u64::from(group.tiles(t as u32)) * group.tile_bytes()
+        };
         // Of generated rows; a prompt's attention leaves no parts.
         let row_parts = h * u64::from(segments_within(plan.context).next_power_of_two()) * (dh + 4) * 4;
         let parts = (row_parts * u64::from(plan.sequences).max(t.min(8))).min(SEGMENT_BYTES.max(row_parts));
@@ -212,6 +222,7 @@ impl State {
             delta: new("delta", t * d * 4)?,
             scores: new("scores", t * e * 4)?,
             routes: Routes { experts: new("experts", t * a * 4)?, weights: new("weights", t * a * 4)? },
+            tiles: new("tiles of routes", tile_bytes(true).max(tile_bytes(false)))?,
             gate_up: new("gate and up", t * 2 * dense_f * 4)?,
             e: new("expert activations", t * (a * moe_f).max(dense_f) * 4)?,
             y: new("expert outputs", t * a * d * 4)?,
@@ -224,9 +235,14 @@ impl State {
             windows: (0..c.num_hidden_layers).map(|idx| window(c, idx)).collect(),
             activations: plan.activations,
             staging,
-            _tables: table_buffers,
+            tables: table_buffers,
             buffers,
         })
+    }
+
+    /// Bytes of all buffers and page tables.
+    pub fn bytes(&self) -> u64 {
+        self.buffers.iter().chain(&self.tables).map(|b| b.slice().bytes).sum()
     }
 
     /// Every buffer, in the order in which they are made: the same for all states of one model and plan.
@@ -327,19 +343,38 @@ impl State {
         }
     }
 
-    /// Record the experts' first matrix, from `h` to `e`.
-    pub(super) fn up(&self, p: &mut Program, up: &Experts, form: Swiglu, name: impl Fn() -> String) {
+    /// How a layer's experts, by both of their matrices, take the routes of the step.
+    fn routing(&self, p: &Program, a: u32, experts: [&Experts; 2]) -> Routing {
+        let exact = self.activations == Activations::F32;
+        if p.by_matrix() && exact && experts.iter().all(|experts| experts.weight.format.fits_half()) {
+            return Routing::ByMatrix(self.tiles);
+        }
+        match p.tokens() * a <= ROUTES_EACH.max(experts[0].weight.experts / 8) {
+            true => Routing::Each(self.routes.experts),
+            false => Routing::Grouped(self.tiles),
+        }
+    }
+
+    /// Record the experts' first matrix, from `h` to `e`, and before it the grouping of the routes for both.
+    pub(super) fn up(&self, p: &mut Program, experts: [&Experts; 2], form: Swiglu, name: impl Fn() -> String) {
+        let (up, routing) = (experts[0], self.routing(p, form.a, experts));
+        if let Routing::Grouped(tiles) | Routing::ByMatrix(tiles) = routing {
+            let group = Group { e: up.weight.experts, a: form.a, matrix: matches!(routing, Routing::ByMatrix(_)) };
+            p.group(group, self.step, self.routes.experts, tiles);
+        }
         let (given, each) = self.expert_scales(up);
         let rows = if each { Rows::Spread { a: form.a } } else { Rows::Tokens };
         let input = self.quantised(p, &up.weight, self.h, rows, given, &name);
-        p.moe_up(up, form, self.routes.experts, (input, if each { 1 } else { form.a }), self.e);
+        p.moe_up(up, form, routing, (input, if each { 1 } else { form.a }), self.e);
     }
 
     /// Record the experts' second matrix, from `e` to `y`.
-    pub(super) fn down(&self, p: &mut Program, down: &Experts, a: u32, name: impl Fn() -> String) {
+    pub(super) fn down(&self, p: &mut Program, experts: [&Experts; 2], a: u32, name: impl Fn() -> String) {
+        let down = experts[1];
         let (given, _) = self.expert_scales(down);
         let input = self.quantised(p, &down.weight, self.e, Rows::Routes { a }, given, &name);
-        p.moe_down(down, a, self.routes.experts, input, self.y);
+        let routing = self.routing(p, a, experts);
+        p.moe_down(down, a, routing, input, self.y);
     }
 
     /// The calibrated scales of experts, and whether each has its own.

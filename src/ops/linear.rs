@@ -94,8 +94,6 @@ impl Program {
         y: Slice,
         matrix: bool,
     ) {
-        // The tile changes how many sums a lane carries, not the order of any of them.
-        let (tile, tokens) = if self.tokens < 4 { ("tile_1", 1) } else { ("tile_8", 8) };
         let by_matrix = matrix && self.by_matrix() && x.format() == InputFormat::F32 && w.format.fits_half();
         for part in &w.parts {
             if by_matrix {
@@ -107,9 +105,16 @@ impl Program {
                 self.push(launch.read("step", step).weight(w.format, part).bias(bias).of_linear(op).update("y", y));
                 continue;
             }
+            // The tile changes how many sums a lane carries, not the order of any of them. Of a matrix with few rows four
+            // a lane would leave most of a GPU without work.
+            let (tile, tokens, rows) = match self.tokens {
+                ..4 => ("tile_1", 1, 1),
+                16.. if part.count >= 512 => ("tile_8x4", 8, 4),
+                _ => ("tile_8", 8, 2),
+            };
             let (input, first) = (x.format(), first + part.first);
             let op = Linear { format: w.format, input, k: w.k, n, first, count: part.count };
-            let grid = [part.count.div_ceil(8), self.tokens.div_ceil(tokens), 1];
+            let grid = [self.tokens.div_ceil(tokens), part.count.div_ceil(8 * rows), 1];
             let launch = Launch::new(Op::Linear(op), &KERNEL, grid)
                 .of_linear(op)
                 .read("step", step)

@@ -11,6 +11,7 @@ mod attention;
 mod draw;
 mod embed;
 mod glu;
+mod group;
 mod head_norm;
 mod input;
 mod linear;
@@ -37,6 +38,7 @@ pub use attention::{Attention, AttentionMerge, Seen};
 pub use draw::Draw;
 pub use embed::Embed;
 pub use glu::{Gate, Glu};
+pub use group::{Group, Routing, Tile};
 pub use head_norm::HeadNorm;
 pub use input::{Input, InputFormat, decode_staged, staged_words};
 pub use linear::{Linear, Piece, Projection};
@@ -57,7 +59,7 @@ pub use weight::{Matrix, Part, Weight, WeightBytes};
 use crate::shader::Kernel;
 
 /// Every kernel there is.
-pub const KERNELS: [&Kernel; 22] = [
+pub const KERNELS: [&Kernel; 25] = [
     &add::KERNEL,
     &add_norm::KERNEL,
     &amax::KERNEL,
@@ -67,12 +69,15 @@ pub const KERNELS: [&Kernel; 22] = [
     &draw::KERNEL,
     &embed::KERNEL,
     &glu::KERNEL,
+    &group::KERNEL,
     &head_norm::KERNEL,
     &linear::KERNEL,
     &linear::MATRIX,
     &moe_down::KERNEL,
+    &moe_down::MATRIX,
     &moe_scatter::KERNEL,
     &moe_up::KERNEL,
+    &moe_up::MATRIX,
     &rms_norm::KERNEL,
     &rope::KERNEL,
     &router::KERNEL,
@@ -95,6 +100,7 @@ pub enum Op {
     Draw(Draw),
     Embed(Embed),
     Glu(Glu),
+    Group(Group),
     HeadNorm(HeadNorm),
     Linear(Linear),
     MoeDown(MoeDown),
@@ -122,6 +128,7 @@ impl Op {
             Op::Draw(op) => op.twin(tokens, views),
             Op::Embed(op) => op.twin(tokens, views),
             Op::Glu(op) => op.twin(tokens, views),
+            Op::Group(op) => op.twin(tokens, views),
             Op::HeadNorm(op) => op.twin(tokens, views),
             Op::Linear(op) => op.twin(tokens, views),
             Op::MoeDown(op) => op.twin(tokens, views),

@@ -1,14 +1,21 @@
 //! The experts' second matrix.
 
-use super::{Experts, Input, InputFormat, Matrix, Op, Views, weight::dot};
+use super::{Experts, Group, Input, InputFormat, Matrix, Op, Routing, Views, linear::MATRIX_TILE, weight::dot};
 use crate::format::Format;
 use crate::program::{Launch, Program, Slice};
-use crate::shader::{BIAS, E2M1, INPUT, Kernel, LANES, REDUCE, WEIGHTS};
+use crate::shader::{BIAS, E2M1, EXPERT_TILE, INPUT, Kernel, LANES, REDUCE, ROUTES, WEIGHTS};
 
 pub(crate) const KERNEL: Kernel = Kernel {
     name: "moe_down",
     source: include_str!("../../shaders/moe_down.wgsl"),
-    slots: &[WEIGHTS, E2M1, INPUT, BIAS, LANES, REDUCE],
+    slots: &[WEIGHTS, E2M1, INPUT, BIAS, ROUTES, EXPERT_TILE, LANES, REDUCE],
+};
+
+/// For many rows, by matrix units.
+pub(crate) const MATRIX: Kernel = Kernel {
+    name: "moe_down_matrix",
+    source: include_str!("../../shaders/moe_down_matrix.wgsl"),
+    slots: &[WEIGHTS, E2M1, BIAS],
 };
 
 /// Constants of one part of the experts.
@@ -30,24 +37,38 @@ pub struct MoeDown {
     pub first: u32,
     /// Experts in the part.
     pub count: u32,
+    /// By matrix units, from tiles of 64 routes.
+    pub matrix: bool,
 }
 
 impl Program {
     /// `y[t,a] = w_e x[t,a] + bias_e` with `e = experts[t,a]`. `x`: `[T, A, K]`, `y`: `[T, A, D]` f32.
-    pub fn moe_down(&mut self, down: &Experts, a: u32, experts: Slice, x: impl Into<Input>, y: Slice) {
-        let (x, k, d) = (x.into(), down.weight.k, down.weight.n);
+    pub fn moe_down(&mut self, down: &Experts, a: u32, routing: impl Into<Routing>, x: impl Into<Input>, y: Slice) {
+        let (x, routing, k, d) = (x.into(), routing.into(), down.weight.k, down.weight.n);
+        let (tile, tiles, rows) = routing.tile(self.tokens, a, down.weight.experts);
+        let matrix = matches!(routing, Routing::ByMatrix(_));
         for part in &down.weight.parts {
             let (format, input) = (down.weight.format, x.format());
-            let op = MoeDown { format, input, k, d, a, e: down.weight.experts, first: part.first, count: part.count };
-            let launch = Launch::new(Op::MoeDown(op), &KERNEL, [d.div_ceil(16), self.tokens * a, 1])
+            let (e, first, count) = (down.weight.experts, part.first, part.count);
+            let op = MoeDown { format, input, k, d, a, e, first, count, matrix };
+            let launch = match matrix {
+                true => {
+                    let grid = [tiles, d.div_ceil(MATRIX_TILE[0]), 1];
+                    Launch::new(Op::MoeDown(op), &MATRIX, grid).matrix_input(x)
+                }
+                false => {
+                    let grid = [d.div_ceil(8 * rows), tiles, 1];
+                    Launch::new(Op::MoeDown(op), &KERNEL, grid).input(x).fill("tile", tile)
+                }
+            };
+            let launch = launch
                 .constant("K", k)
                 .constant("D", d)
                 .constant("FIRST", op.first)
                 .constant("COUNT", op.count)
                 .weight(op.format, part)
                 .bias(down.bias)
-                .input(x)
-                .read("experts", experts)
+                .routes(routing)
                 .update("y", y);
             self.push(launch);
         }
@@ -57,10 +78,10 @@ impl Program {
 impl MoeDown {
     pub(crate) fn twin(&self, tokens: usize, views: &mut Views<'_>) {
         let w = views.matrix(self.format, self.k as usize);
-        let experts = &views.words("experts")[..tokens * self.a as usize];
+        let experts = views.experts(Group { e: self.e, a: self.a, matrix: self.matrix }, tokens);
         let bias = if views.has("bias") { views.bf16("bias") } else { &[] };
         let x = views.input(self.input, experts.len(), self.k as usize);
-        self.reference(&w, bias, experts, &x, views.f32_mut("y"));
+        self.reference(&w, bias, &experts, &x, views.f32_mut("y"));
     }
 
     /// `w [COUNT, D, K]`, `bias [E, D]` or empty, `experts [T, A]`, `x [T, A, K]`, `y [T, A, D]`.

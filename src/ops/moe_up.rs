@@ -1,14 +1,21 @@
 //! The experts' first matrix (gate and up) and the gated activation.
 
-use super::{Gate, Input, InputFormat, Matrix, Op, Views, Weight, weight::dot};
+use super::{Gate, Group, Input, InputFormat, Matrix, Op, Routing, Views, Weight, linear::MATRIX_TILE, weight::dot};
 use crate::format::Format;
 use crate::program::{Launch, Program, Slice};
-use crate::shader::{BIAS, E2M1, GLU, INPUT, Kernel, LANES, REDUCE, WEIGHTS};
+use crate::shader::{BIAS, E2M1, EXPERT_TILE, GLU, INPUT, Kernel, LANES, REDUCE, ROUTES, WEIGHTS};
 
 pub(crate) const KERNEL: Kernel = Kernel {
     name: "moe_up",
     source: include_str!("../../shaders/moe_up.wgsl"),
-    slots: &[WEIGHTS, E2M1, INPUT, BIAS, GLU, LANES, REDUCE],
+    slots: &[WEIGHTS, E2M1, INPUT, BIAS, GLU, ROUTES, EXPERT_TILE, LANES, REDUCE],
+};
+
+/// For many rows, by matrix units.
+pub(crate) const MATRIX: Kernel = Kernel {
+    name: "moe_up_matrix",
+    source: include_str!("../../shaders/moe_up_matrix.wgsl"),
+    slots: &[WEIGHTS, E2M1, BIAS, GLU],
 };
 
 /// One of a layer's two expert matrices: a weight for each expert, and what belongs to it.
@@ -61,6 +68,8 @@ pub struct MoeUp {
     pub first: u32,
     /// Experts in the part.
     pub count: u32,
+    /// By matrix units, from tiles of 64 routes.
+    pub matrix: bool,
     /// Where gate and up stand.
     pub rows: GateUp,
     /// The activation.
@@ -87,25 +96,37 @@ impl Swiglu {
 
 impl Program {
     /// `y[t,a] = glu(w_e x + bias_e)` with `e = experts[t,a]`. `x`: `[T, K]`, or `[T, A, K]` where each route has a row of
-    /// its own (`share` 1); `y`: `[T, A, F]` f32; `experts`: `[T, A]` u32.
+    /// its own (`share` 1); `y`: `[T, A, F]` f32.
     pub fn moe_up(
         &mut self,
         up: &Experts,
         form: Swiglu,
-        experts: Slice,
+        routing: impl Into<Routing>,
         (x, share): (impl Into<Input>, u32),
         y: Slice,
     ) {
-        let (x, k, f) = (x.into(), up.weight.k, up.weight.n / 2);
+        let (x, routing, k, f) = (x.into(), routing.into(), up.weight.k, up.weight.n / 2);
         let Swiglu { a, rows, gate } = form;
+        let (tile, tiles, lane_rows) = routing.tile(self.tokens, a, up.weight.experts);
+        let matrix = matches!(routing, Routing::ByMatrix(_));
         let (stride, second) = match rows {
             GateUp::Interleaved => (2, 1),
             GateUp::Halves => (1, f),
         };
         for part in &up.weight.parts {
             let (format, input, first, count) = (up.weight.format, x.format(), part.first, part.count);
-            let op = MoeUp { format, input, k, f, a, share, e: up.weight.experts, first, count, rows, gate };
-            let launch = Launch::new(Op::MoeUp(op), &KERNEL, [f.div_ceil(8), self.tokens * a, 1])
+            let op = MoeUp { format, input, k, f, a, share, e: up.weight.experts, first, count, matrix, rows, gate };
+            let launch = match matrix {
+                true => {
+                    let grid = [tiles, (2 * f).div_ceil(MATRIX_TILE[0]), 1];
+                    Launch::new(Op::MoeUp(op), &MATRIX, grid).matrix_input(x)
+                }
+                false => {
+                    let grid = [f.div_ceil(4 * lane_rows), tiles, 1];
+                    Launch::new(Op::MoeUp(op), &KERNEL, grid).input(x).fill("tile", tile)
+                }
+            };
+            let launch = launch
                 .constant("K", k)
                 .constant("F", f)
                 .constant("SHARE", share)
@@ -114,10 +135,9 @@ impl Program {
                 .constant("STRIDE", stride)
                 .constant("UP", second)
                 .weight(format, part)
-                .input(x)
                 .bias(up.bias)
                 .gate(gate)
-                .read("experts", experts)
+                .routes(routing)
                 .update("y", y);
             self.push(launch);
         }
@@ -128,10 +148,10 @@ impl MoeUp {
     pub(crate) fn twin(&self, tokens: usize, views: &mut Views<'_>) {
         let w = views.matrix(self.format, self.k as usize);
         let routes = tokens * self.a as usize;
-        let experts = &views.words("experts")[..routes];
+        let experts = views.experts(Group { e: self.e, a: self.a, matrix: self.matrix }, tokens);
         let bias = if views.has("bias") { views.bf16("bias") } else { &[] };
         let x = views.input(self.input, routes / self.share as usize, self.k as usize);
-        self.reference(&w, bias, experts, &x, views.f32_mut("y"));
+        self.reference(&w, bias, &experts, &x, views.f32_mut("y"));
     }
 
     /// `w [COUNT, 2F, K]`, `bias [E, 2F]` or empty, `experts [T, A]`, `x [T A / SHARE, K]`, `y [T, A, F]`.

@@ -1,7 +1,7 @@
 //! Known answers of matmuls, embedding, routing, experts and scatter.
 
 use super::*;
-use crate::ops::Swiglu;
+use crate::ops::{Group, Routing, Swiglu, Tile};
 
 /// Weights 1.5 and inputs 1.5: 2.25 K, as in seed 2's "72.0 = 1.5^2 x K".
 pub(super) fn uniform_fp4(t: &mut Trial<'_>) -> Result<()> {
@@ -320,7 +320,7 @@ pub(super) fn swiglu(t: &mut Trial<'_>) -> Result<()> {
     Ok(())
 }
 
-/// Expert e multiplies by 2^e and adds its own bias; routes carry inputs of their own.
+/// Expert e multiplies by 2^e and adds its own bias; routes carry inputs of their own, and go one by one or in tiles.
 pub(super) fn experts(t: &mut Trial<'_>) -> Result<()> {
     let (e, d, k, a, tokens) = (5, 19, 64, 2, 5);
     let weight = t.mxfp4([e, d, k], |_, _| ONE, |row, _| UNIT + (row / d) as u8)?;
@@ -329,15 +329,24 @@ pub(super) fn experts(t: &mut Trial<'_>) -> Result<()> {
     let expert = |route: usize| [4, 0, 2, 3, 1, 4, 0, 1, 3, 2][route];
     let chosen: Vec<u32> = (0..tokens * a).map(|route| expert(route) as u32).collect();
     let x: Vec<f32> = (0..tokens * a * k).map(|i| (i / k + 1) as f32).collect();
-    let (chosen, x, y) = (t.input(&chosen)?, t.input(&x)?, t.output(tokens * a * d)?);
-    let mut p = program(tokens);
-    p.moe_down(&down, a as u32, chosen, x, y);
-    let y = floats(&t.run(&p, y)?);
-    let want = |i: usize| {
-        let (route, n) = (i / d, i % d);
-        (k * (route + 1)) as f64 * two_to(expert(route) as i32) + (expert(route) * d + n) as f64
-    };
-    t.equal(&y, want, |i| format!("route {}, expert {}, output {}", i / d, expert(i / d), i % d));
+    let (chosen, x) = (t.input(&chosen)?, t.input(&x)?);
+    let step = t.input(&[Step { tokens: tokens as u32, pad: [0; 3] }])?;
+    let group = Group { e: e as u32, a: a as u32, matrix: false };
+    let tiles = t.output(group.tiles(tokens as u32) as usize * size_of::<Tile>() / 4)?;
+    for routing in [Routing::Each(chosen), Routing::Grouped(tiles)] {
+        let y = t.output(tokens * a * d)?;
+        let mut p = program(tokens);
+        if let Routing::Grouped(tiles) = routing {
+            p.group(group, step, chosen, tiles);
+        }
+        p.moe_down(&down, a as u32, routing, x, y);
+        let y = floats(&t.run(&p, y)?);
+        let want = |i: usize| {
+            let (route, n) = (i / d, i % d);
+            (k * (route + 1)) as f64 * two_to(expert(route) as i32) + (expert(route) * d + n) as f64
+        };
+        t.equal(&y, want, |i| format!("route {}, expert {}, output {}", i / d, expert(i / d), i % d));
+    }
     Ok(())
 }
 

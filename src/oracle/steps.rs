@@ -1,7 +1,7 @@
 //! Known answers of the small stages, and of a few stages run together: the same bits twice, no old scratch.
 
 use super::*;
-use crate::ops::{Gate, Glu, HeadNorm, Swiglu};
+use crate::ops::{Gate, Glu, Group, HeadNorm, Routing, Swiglu, Tile};
 
 /// A row of one element 16 and 255 zeros has mean square 1: the gain comes out at its place. Rows of threes become the gain.
 pub(super) fn rms_norm(t: &mut Trial<'_>) -> Result<()> {
@@ -115,12 +115,16 @@ pub(super) fn block(t: &mut Trial<'_>, scratch: f32, times: usize) -> Result<Vec
     let (normed, scores, inner) = (scratch_of(d)?, scratch_of(e)?, scratch_of(a * d)?);
     let (outer, sum) = (scratch_of(a * d)?, scratch_of(d)?);
     let routes = Routes { experts: scratch_of(a)?, weights: scratch_of(a)? };
+    let group = Group { e: e as u32, a: a as u32, matrix: false };
+    let tiles = t.input(&vec![scratch; group.tiles(room as u32) as usize * size_of::<Tile>() / 4])?;
+    let grouped = Routing::Grouped(tiles);
     let mut p = program(tokens);
     p.rms_norm(RmsNorm { d: d as u32, eps: 1e-5 }, x, gain, normed);
     p.linear(step, &router, None, normed, scores);
     p.router(Router { e: e as u32, a: a as u32, normalise: true }, scores, routes);
-    p.moe_up(&up, Swiglu::gpt_oss(a as u32, [7.0, 1.702]), routes.experts, (normed, a as u32), inner);
-    p.moe_down(&down, a as u32, routes.experts, inner, outer);
+    p.group(group, step, routes.experts, tiles);
+    p.moe_up(&up, Swiglu::gpt_oss(a as u32, [7.0, 1.702]), grouped, (normed, a as u32), inner);
+    p.moe_down(&down, a as u32, grouped, inner, outer);
     p.moe_scatter(MoeScatter { a: a as u32, d: d as u32 }, routes, outer, sum);
     let widths =
         [(normed, d), (scores, e), (routes.experts, a), (routes.weights, a), (inner, a * d), (outer, a * d), (sum, d)];

@@ -1,6 +1,7 @@
 //! Kernels with matrix units against their twins. Needs an adapter that has them: lavapipe has none.
 
-use super::{FORMATS, matrix, program, step, weight};
+use super::group::{Form, PLAIN, all, moe_case};
+use super::{FORMATS, matrix, output_of, program, step, weight};
 use crate::harness::{Bench, Random, assert_near, cpu, matrix_gpu};
 use fourfold::device::Device;
 use fourfold::format::Format;
@@ -49,6 +50,29 @@ fn linear_by_matrix_units() {
             for row in [0, t / 2, t - 1] {
                 let alone = run(&gpu, format, row..row + 1, shape);
                 assert!(alone == got[row * shape[0]..][..shape[0]], "{format:?} row {row} of {t}: other bits alone");
+            }
+        }
+    }
+}
+
+#[test]
+fn experts_by_matrix_units() {
+    let Some(gpu) = matrix_gpu() else { return };
+    for format in FORMATS.into_iter().filter(|f| f.fits_half()) {
+        for ([t, e, a], halves) in [([1, 4, 2], false), ([70, 5, 4], false), ([40, 3, 2], true), ([130, 2, 1], true)] {
+            let k = 96usize.next_multiple_of(format.block());
+            for (second, n) in [(false, 70), (true, 135)] {
+                let form = Form { matrix: true, halves, ..PLAIN };
+                let run = |device: &Arc<dyn Device>, which: &[usize]| {
+                    output_of(device, |b| moe_case(b, format, [t, e, a, n, k], form, second, which))
+                };
+                let what = format!("{format:?} T={t} E={e} A={a} second={second} halves={halves}");
+                let (got, want) = (run(&gpu, &all(t)), run(&cpu(), &all(t)));
+                assert_near(&what, &got, &want, TOLERANCE);
+                for row in [0, t / 2, t - 1] {
+                    let alone = run(&gpu, &[row]);
+                    assert!(alone == got[row * a * n..][..a * n], "{what}: row {row} has other bits alone");
+                }
             }
         }
     }

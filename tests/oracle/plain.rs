@@ -3,7 +3,6 @@
 use super::{Fault, after, before, written};
 use fourfold::ops::{CacheFormat, Gate, InputFormat, Op};
 use fourfold::program::Launch;
-use std::sync::atomic::Ordering;
 
 fn has(launch: &Launch, name: &str) -> bool {
     launch.args.iter().any(|arg| arg.name == name)
@@ -273,11 +272,26 @@ pub(super) fn faults() -> Vec<Fault> {
         before(
             "another expert computes",
             |device, launch, _| {
-                if let Op::MoeUp(_) | Op::MoeDown(_) = launch.op {
+                if let Op::MoeUp(_) | Op::MoeDown(_) = launch.op
+                    && has(launch, "experts")
+                {
                     device.change(launch, "experts", |e| e.iter_mut().for_each(|e| *e = if *e == 1 { 0 } else { *e }));
                 }
             },
             &["swiglu", "experts", "nvfp4_globals"],
+        ),
+        before(
+            "the last route of a tile is left out",
+            |device, launch, _| {
+                if let Op::MoeDown(_) = launch.op
+                    && has(launch, "tiles")
+                {
+                    // Expert and count, and eight routes.
+                    let leave_out = |count: &mut u32| *count = count.saturating_sub(1);
+                    device.change(launch, "tiles", |w| w.chunks_exact_mut(10).for_each(|tile| leave_out(&mut tile[1])));
+                }
+            },
+            &["experts", "stale_scratch"],
         ),
         after(
             "NaN becomes the limit",
@@ -454,11 +468,10 @@ pub(super) fn faults() -> Vec<Fault> {
         after(
             "every other run is off by a unit of the last place",
             |device, launch, n| {
-                // The block's own: six launches a run, and one more counted here, so that every other n is even.
+                // The block's own: seven launches a run, so that every other n is even.
                 if let Op::MoeScatter(op) = launch.op
                     && op.a == 2
                 {
-                    device.launches.fetch_add(1, Ordering::Relaxed);
                     let off = |y: &mut u32| *y ^= u32::from(n.is_multiple_of(2) && *y << 1 != 0);
                     device.change(launch, "y", |y| y.iter_mut().for_each(off));
                 }

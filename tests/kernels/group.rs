@@ -1,0 +1,347 @@
+//! Routes by expert: the tiles themselves, and that neither they nor the rows beside it change a bit of a row.
+
+use super::{FORMATS, Format, check_on, experts, linear_case, matrix, output_of, program, routes, step, weight};
+use crate::harness::{Bench, Random, cpu, gpus, small_binding_gpu, sum_tolerance};
+use fourfold::ops::{
+    ActScale, Experts, Gate, GateUp, Group, Input, Op, Routing, StageActivation, Staging, Swiglu, Tile, staged_words,
+};
+use fourfold::program::{Program, Slice};
+
+const TILE_WORDS: usize = size_of::<Tile>() / 4;
+
+fn tiles_case(b: &mut Bench, op: Group, chosen: &[u32]) -> (Program, Vec<Slice>) {
+    let t = chosen.len() / op.a as usize;
+    let (step, experts) = (step(b, t), b.input(chosen));
+    let tiles = b.output(op.tiles(t as u32) as usize * TILE_WORDS);
+    let mut p = program(t);
+    p.group(op, step, experts, tiles);
+    (p, vec![tiles])
+}
+
+/// What tiles must be, said without the twin: each route once, in a tile of its expert, experts and routes in order.
+fn assert_whole(tiles: &[Tile], chosen: &[u32], what: &str) {
+    let used = tiles.iter().position(|tile| tile.count == 0).unwrap_or(tiles.len());
+    let (used, unused) = tiles.split_at(used);
+    assert!(unused.iter().all(|tile| *tile == Tile::default()), "{what}: unused tiles are empty, and last");
+    let mut listed = Vec::new();
+    for tile in used {
+        let (some, rest) = tile.routes.split_at(tile.count as usize);
+        assert!(rest.iter().all(|route| *route == 0), "{what}: {tile:?}");
+        listed.extend(some.iter().map(|route| (tile.expert, *route)));
+    }
+    let mut want: Vec<(u32, u32)> = chosen.iter().zip(0..).map(|(expert, route)| (*expert, route)).collect();
+    want.sort_unstable();
+    assert!(listed == want, "{what}: {listed:?}");
+    let full = used.windows(2).all(|two| two[0].expert < two[1].expert || two[0].count == 8);
+    assert!(full, "{what}: only an expert's last tile has room");
+}
+
+#[test]
+fn tiles_hold_each_route_once_in_order() {
+    let shapes = [
+        (1, 1, 1),
+        (1, 4, 4),
+        (2, 4, 4),
+        (3, 7, 3),
+        (5, 33, 4),
+        (16, 32, 4),
+        (64, 128, 8),
+        (9, 255, 8),
+        (7, 256, 2),
+        (40, 257, 4),
+        (33, 1000, 16),
+        (2048, 1024, 16),
+        (2048, 8, 2),
+    ];
+    for (t, e, a) in shapes {
+        let op = Group { e: e as u32, a: a as u32, matrix: false };
+        let mut random = Random((t * e) as u64);
+        let mut cases = vec![("first", vec![0; t * a]), ("last", vec![e as u32 - 1; t * a])];
+        // Of as many experts as routes want, and of a few, the rest without any.
+        let few = e.min(3) as u32;
+        cases.push(("few", (0..t * a).map(|_| e as u32 - 1 - random.below(few as usize) as u32).collect()));
+        cases.push(("uneven", (0..t * a).map(|_| (random.below(e) * random.below(e) / e) as u32).collect()));
+        if t * e < 100_000 {
+            cases.push(("routes", routes(&mut random, t, e, a)));
+        }
+        for (name, chosen) in cases {
+            let what = format!("T={t} E={e} A={a}, {name}");
+            let want = output_of(&cpu(), |b| tiles_case(b, op, &chosen));
+            assert_whole(bytemuck::cast_slice(&want), &chosen, &what);
+            for (gpu, device) in gpus() {
+                let got = output_of(device, |b| tiles_case(b, op, &chosen));
+                assert!(got == want, "{what}: other tiles on {gpu}");
+            }
+        }
+    }
+}
+
+#[test]
+fn there_is_room_for_as_many_tiles_as_there_can_be() {
+    for (e, a) in [(1, 1), (4, 2), (5, 3), (32, 4), (128, 8)] {
+        let op = Group { e, a, matrix: false };
+        for t in 1..70 {
+            // As many experts as possible with one route more than fills their tiles.
+            let routes = t * a;
+            let mut counts = vec![0u32; e as usize];
+            (0..routes.min(e)).for_each(|i| counts[i as usize] += 1);
+            (0..routes.saturating_sub(e) / 8).for_each(|i| counts[(i % e) as usize] += 8);
+            counts[0] += routes - counts.iter().sum::<u32>();
+            let used: u32 = counts.iter().map(|n| n.div_ceil(8)).sum();
+            assert!(used <= op.tiles(t) && op.tiles(t) < used + 2, "E={e} A={a} T={t}: {used}, {}", op.tiles(t));
+        }
+    }
+}
+
+/// How a case gives its routes and rows.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Form {
+    pub(super) grouped: bool,
+    /// In tiles for matrix units.
+    pub(super) matrix: bool,
+    /// Rows quantised with a scale of their own.
+    pub(super) staged: bool,
+    /// Every route reads a row of its own.
+    pub(super) spread: bool,
+    /// Gates before ups, without a clamp.
+    pub(super) halves: bool,
+}
+
+pub(super) const PLAIN: Form = Form { grouped: true, matrix: false, staged: false, spread: false, halves: false };
+
+fn given(b: &mut Bench, p: &mut Program, [e, a]: [usize; 2], chosen: &[u32], form: Form) -> Routing {
+    let experts = b.input(chosen);
+    if !form.grouped {
+        return Routing::Each(experts);
+    }
+    let op = Group { e: e as u32, a: a as u32, matrix: form.matrix };
+    let words = if form.matrix { 66 } else { TILE_WORDS };
+    let (step, tiles) = (step(b, chosen.len() / a), b.output(op.tiles(p.tokens()) as usize * words));
+    p.group(op, step, experts, tiles);
+    if form.matrix { Routing::ByMatrix(tiles) } else { Routing::Grouped(tiles) }
+}
+
+/// `x [R, k]`, as it is or quantised.
+fn rows(b: &mut Bench, p: &mut Program, x: &[f32], k: usize, staged: bool) -> Input {
+    let (rows, t) = (x.len() / k, p.tokens() as usize);
+    let x = b.input(x);
+    if !staged {
+        return x.into();
+    }
+    let to = Staging {
+        rows: b.output(rows * staged_words(k)),
+        scales: b.output(rows),
+        report: b.output(rows * 2),
+        amaxes: b.output(rows),
+    };
+    let step = step(b, t);
+    let op = StageActivation { k: k as u32, rows_per_token: (rows / t) as u32, share: 1, scale: ActScale::Token };
+    p.stage_activation(op, step, x, None, &to)
+}
+
+/// A layer's experts over the tokens `which` of T: first matrix, or second.
+pub(super) fn moe_case(
+    b: &mut Bench,
+    format: Format,
+    [t, e, a, n, k]: [usize; 5],
+    form: Form,
+    second: bool,
+    which: &[usize],
+) -> (Program, Vec<Slice>) {
+    let mut random = Random((n * k + e) as u64);
+    let matrix: Experts = experts(b, &mut random, format, [e, if second { n } else { 2 * n }, k]);
+    let chosen = routes(&mut random, t, e, a);
+    let each = if second || form.spread { a } else { 1 };
+    let x = random.f32s(t * each * k);
+    let take = |width: usize| which.iter().flat_map(move |row| row * width..(row + 1) * width);
+    let chosen: Vec<u32> = take(a).map(|i| chosen[i]).collect();
+    let x: Vec<f32> = take(each * k).map(|i| x[i]).collect();
+    let mut p = program(which.len());
+    let routing = given(b, &mut p, [e, a], &chosen, form);
+    let x = rows(b, &mut p, &x, k, form.staged);
+    let y = b.output(which.len() * a * n);
+    if second {
+        p.moe_down(&matrix, a as u32, routing, x, y);
+    } else {
+        let swiglu = match form.halves {
+            true => Swiglu { a: a as u32, rows: GateUp::Halves, gate: Gate::Silu },
+            false => Swiglu::gpt_oss(a as u32, [7.0, 1.702]),
+        };
+        p.moe_up(&matrix, swiglu, routing, (x, (a / each) as u32), y);
+    }
+    b.keep(matrix.weight);
+    (p, vec![y])
+}
+
+pub(super) fn all(t: usize) -> Vec<usize> {
+    (0..t).collect()
+}
+
+/// The tile of the last launch.
+fn tile_of(p: &Program) -> &'static str {
+    p.launches.last().unwrap().fillings.iter().find(|(slot, _)| *slot == "tile").unwrap().1
+}
+
+#[test]
+fn grouped_routes_have_the_bits_of_single_ones() {
+    // Tiles of one route to full ones, with two rows of weights a lane and with four; outputs that end within a tile.
+    for ([t, e, a], tile) in [([5, 7, 3], "tile_8"), ([16, 32, 4], "tile_8"), ([26, 5, 4], "tile_8x4")] {
+        for format in FORMATS {
+            let k = 96usize.next_multiple_of(format.block());
+            for (staged, spread, halves) in [(false, false, false), (true, false, true), (true, true, false)] {
+                if staged && format != Format::Nvfp4 {
+                    continue;
+                }
+                for (second, n) in [(false, 13), (true, 35)] {
+                    let form = Form { staged, spread, halves, ..PLAIN };
+                    let what = format!("{format} T={t} E={e} A={a} second={second} {form:?}");
+                    let case = |b: &mut Bench, grouped| {
+                        let form = Form { grouped, ..form };
+                        let (p, y) = moe_case(b, format, [t, e, a, n, k], form, second, &all(t));
+                        assert_eq!(tile_of(&p), if grouped { tile } else { "tile_1x2" }, "{what}");
+                        (p, y)
+                    };
+                    let twin = |grouped| output_of(&cpu(), |b| case(b, grouped));
+                    assert!(twin(true) == twin(false), "{what}: other bits on the twins");
+                    for (gpu, device) in gpus() {
+                        let [each, grouped] = [false, true].map(|grouped| output_of(device, |b| case(b, grouped)));
+                        assert!(each == grouped, "{what}: other bits on {gpu}");
+                    }
+                    // Equal bits of wrong numbers are equal, too.
+                    let near = if staged { 2e-5 } else { 2.0 * sum_tolerance(k) };
+                    check_on(&what, near, gpus().get(..1).unwrap_or_default(), |b| case(b, true));
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn a_row_has_its_bits_alone_and_among_others_in_any_order() {
+    let (t, e, a) = (64, 6, 3);
+    for (gpu, device) in gpus() {
+        for (format, staged) in [(Format::Mxfp4, false), (Format::Nvfp4, true), (Format::Bf16, false)] {
+            for (second, n, k) in [(false, 9, 352), (true, 19, 352)] {
+                let width = a * n;
+                let case = |grouped: bool, which: &[usize]| {
+                    let form = Form { grouped, staged, ..PLAIN };
+                    output_of(device, |b| moe_case(b, format, [t, e, a, n, k], form, second, which))
+                };
+                let whole = case(true, &all(t));
+                let mut random = Random(7);
+                for count in [1, 2, 3, 4, 5, 8, 9, 16, 17, 33, 64] {
+                    // Any rows in any order; one row the way a single token goes.
+                    let mut which = all(t);
+                    (0..count).for_each(|i| which.swap(i, i + random.below(t - i)));
+                    which.truncate(count);
+                    let some = case(count > 2, &which);
+                    for (i, row) in which.iter().enumerate() {
+                        let same = some[i * width..][..width] == whole[row * width..][..width];
+                        assert!(same, "{format} second={second}: row {row}, one of {count}, has other bits on {gpu}");
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn a_row_of_linear_has_its_bits_in_every_tile() {
+    let (n, k) = (531, 352);
+    for (gpu, device) in gpus() {
+        for (format, staged) in FORMATS.map(|format| (format, false)).into_iter().chain([(Format::Nvfp4, true)]) {
+            let k = usize::next_multiple_of(k, format.block());
+            let case = |b: &mut Bench, which: &[usize]| {
+                let mut random = Random(11);
+                let bytes = matrix(&mut random, format, n, k);
+                let x = random.f32s(64 * k);
+                let x: Vec<f32> = which.iter().flat_map(|row| x[row * k..][..k].to_vec()).collect();
+                let w = weight(b, format, [n, k], &bytes);
+                let (bias, y, step) = (b.input(&random.bf16s(n + 1)), b.output(which.len() * n), step(b, which.len()));
+                let mut p = program(which.len());
+                let x = rows(b, &mut p, &x, k, staged);
+                p.linear(step, &w, Some(bias), x, y);
+                b.keep(w);
+                (p, vec![y])
+            };
+            let whole = output_of(device, |b| case(b, &all(64)));
+            for (count, tile) in [(1, "tile_1"), (3, "tile_1"), (4, "tile_8"), (13, "tile_8"), (16, "tile_8x4")] {
+                let which: Vec<usize> = (0..count).map(|i| (i * 29 + count) % 64).collect();
+                let some = output_of(device, |b| {
+                    let (p, y) = case(b, &which);
+                    assert_eq!(tile_of(&p), tile);
+                    (p, y)
+                });
+                for (i, row) in which.iter().enumerate() {
+                    let same = some[i * n..][..n] == whole[row * n..][..n];
+                    assert!(same, "{format} staged={staged}: row {row}, one of {count}, has other bits on {gpu}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn wide_tiles_of_linear_hold_to_the_twin() {
+    for (format, [t, n, k]) in [(Format::Mxfp4, [17, 531, 96]), (Format::Bf16, [24, 512, 160])] {
+        check_on(&format!("linear {format} T={t} N={n}"), sum_tolerance(k), gpus(), |b| {
+            let (p, y) = linear_case(b, format, [t, n, k], true, 0..t);
+            assert_eq!(tile_of(&p), "tile_8x4");
+            (p, y)
+        });
+    }
+}
+
+#[test]
+fn grouped_routes_and_wide_tiles_go_through_a_split_weight() {
+    let Some(small) = small_binding_gpu(12288) else { return };
+    let whole = &gpus()[0].1;
+    for (second, n) in [(false, 33), (true, 67)] {
+        let case = |b: &mut Bench, grouped| {
+            let form = Form { grouped, ..PLAIN };
+            moe_case(b, Format::Mxfp4, [9, 7, 3, n, 96], form, second, &all(9))
+        };
+        let parts = |p: &Program| p.launches.iter().filter(|l| matches!(l.op, Op::MoeUp(_) | Op::MoeDown(_))).count();
+        let in_parts = output_of(&small, |b| {
+            let (p, y) = case(b, true);
+            assert_eq!(parts(&p), 3, "seven experts in three parts");
+            (p, y)
+        });
+        for grouped in [false, true] {
+            assert!(in_parts == output_of(whole, |b| case(b, grouped)), "second={second}: parts have other bits");
+        }
+    }
+    // 600 rows of 176 bytes: parts of 272, which have narrower tiles than the whole.
+    let Some(small) = small_binding_gpu(49152) else { return };
+    let wide = |b: &mut Bench| linear_case(b, Format::Mxfp4, [20, 600, 352], true, 0..20);
+    assert!(output_of(&small, wide) == output_of(whole, wide), "linear: parts have other bits");
+}
+
+#[test]
+fn a_short_step_does_not_see_the_tiles_of_a_longer_one() {
+    let (e, a, n, k) = (5, 2, 9, 96);
+    let op = Group { e: e as u32, a: a as u32, matrix: false };
+    let devices: Vec<_> = gpus().iter().map(|(_, device)| device.clone()).chain([cpu()]).collect();
+    for device in devices {
+        let mut b = Bench::new(&device);
+        let mut random = Random(3);
+        let down = experts(&mut b, &mut random, Format::Mxfp4, [e, n, k]);
+        // Every token has a route to expert 4 first; then none has, and no route of expert 4 may be left.
+        let (long, short) = ([4, 3].repeat(40), [0, 1, 2, 0, 1, 0, 3, 2]);
+        let (all, x) = (b.input(&long), b.input(&random.f32s(40 * a * k)));
+        let (few, tiles) = (b.input(&short), b.output(op.tiles(40) as usize * TILE_WORDS));
+        let (steps, outputs) = ([40, 4].map(|t| step(&mut b, t)), [b.output(40 * a * n), b.output(4 * a * n)]);
+        let each = b.output(4 * a * n);
+        for (t, step, experts, y) in [(40, steps[0], all, outputs[0]), (4, steps[1], few, outputs[1])] {
+            let mut p = program(t);
+            p.group(op, step, experts, tiles);
+            p.moe_down(&down, a as u32, Routing::Grouped(tiles), x, y);
+            b.run(&p, &[y]);
+        }
+        let mut p = program(4);
+        p.moe_down(&down, a as u32, few, x, each);
+        let single = b.run(&p, &[each]);
+        assert!(b.words(outputs[1]) == single[0], "other bits on {}", device.describe());
+        b.keep(down.weight);
+    }
+}

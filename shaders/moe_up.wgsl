@@ -48,6 +48,14 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     // Rows 2r and 2r + 1 are gate and up of output r.
     var sums: array<f32, ROWS * TOKENS>;
     for (var i = lane % LANES; i < K / 16u; i += LANES) {
+        if TOKENS == 1u {
+            // One row of weights after the other: fewer numbers to hold.
+            let x = in_units(input_at(routes[0] / SHARE, K / 16u, i));
+            for (var r = 0u; r < ROWS; r++) {
+                sums[r] = dot16(weight_at(base + min(f0 + r / 2u, F - 1u) * STRIDE + r % 2u * UP, K / 16u, i), x, sums[r]);
+            }
+            continue;
+        }
         var w: array<Sixteen, ROWS>;
         for (var r = 0u; r < ROWS; r++) {
             // Past the end the last output again, for nothing.

@@ -1,10 +1,11 @@
 //! Measuring: how fast memory is read here, what a step must read, and where its time goes.
 
+use crate::batch::Batch;
 use crate::device::{Buffer, Device};
-use crate::engine::{Engine, Session, Want};
+use crate::engine::{Engine, Session, Want, write_rows};
 use crate::error::Result;
-use crate::ops::{Op, Stream};
-use crate::program::{HostStages, Program};
+use crate::ops::{Op, Row, Stream};
+use crate::program::{HostStages, Program, Role};
 use crate::tokenizer::TokenId;
 use std::sync::Arc;
 use std::time::Instant;
@@ -57,7 +58,7 @@ fn bytes_of(program: &Program, at: usize, position: u64) -> u64 {
     let read = |names: &[&str]| -> u64 {
         launch.args.iter().filter(|arg| names.contains(&arg.name)).map(|arg| arg.slice.bytes).sum()
     };
-    let weights = read(&["codes", "scales", "row_scales"]);
+    let weights = read(&WEIGHTS);
     let tokens = f64::from(program.tokens());
     // The share of a layer's `e` experts that `tokens` rows with `a` routes each choose at least once.
     let touched = |a: u32, e: u32| 1.0 - (1.0 - f64::from(a) / f64::from(e)).powf(tokens);
@@ -67,7 +68,7 @@ fn bytes_of(program: &Program, at: usize, position: u64) -> u64 {
         Op::MoeDown(op) => (weights as f64 * touched(op.a, op.e)) as u64,
         Op::Attention(op) => {
             let seen = if op.window == 0 { position + 1 } else { (position + 1).min(u64::from(op.window)) };
-            2 * op.format.bytes(seen * u64::from(op.hk) * u64::from(op.dh))
+            u64::from(op.rows) * 2 * op.format.bytes(seen * u64::from(op.hk) * u64::from(op.dh))
         }
         _ => 0,
     }
@@ -127,28 +128,123 @@ pub fn decode(session: &mut Session, depth: usize, warm: usize, count: usize) ->
     Ok(Decode { depth, seconds, bytes })
 }
 
-/// The launches of one decoded token at `depth`, each timed on the device: the median of `rounds`.
+/// As [`decode`], of `sequences` sequences that are stepped together: seconds of each step, bytes of a step.
+pub fn decode_batch(engine: &Engine, sequences: usize, depth: usize, warm: usize, count: usize) -> Result<Decode> {
+    let mut batch = filled(engine, sequences, depth)?;
+    let bytes = bytes_of_step(&[batch.program(depth as u32 + 1)], depth as u64);
+    let mut seconds = Vec::new();
+    let mut start = Instant::now();
+    for i in 0..warm + count {
+        batch.step()?;
+        let now = Instant::now();
+        if i >= warm {
+            seconds.push((now - start).as_secs_f64());
+        }
+        start = now;
+    }
+    Ok(Decode { depth, seconds, bytes })
+}
+
+/// One layer's experts measured: router, experts and weighted sum.
+#[derive(Clone, Debug)]
+pub struct Moe {
+    /// Tokens of the step.
+    pub tokens: usize,
+    /// Seconds of a layer: one for each round over all layers.
+    pub seconds: Vec<f64>,
+    /// Bytes of the experts that the tokens went to, of a layer.
+    pub bytes: u64,
+    /// Different experts that they went to, of a layer.
+    pub experts: f64,
+}
+
+/// The experts of every layer, one layer behind the other so that no weights are in the device's caches, over as many
+/// different rows: by the kernels of decoding, or by a prompt's.
+///
+/// # Errors
+/// Where the model has no experts.
+pub fn moe(engine: &Engine, rows: usize, prompt: bool, rounds: usize) -> Result<Moe> {
+    let (device, model) = (engine.device(), engine.model());
+    let state = engine.new_state(rows as u32)?;
+    let role = if prompt { Role::Prompt } else { Role::Generated { reach: 1 } };
+    // Distinct rows: the first tokens of as many sequences, through all layers.
+    let first = tokens(rows, engine.config().vocab_size);
+    let row = |(sequence, token): (usize, TokenId)| Row { token, sequence: sequence as u32, position: 0, pad: 0 };
+    let first: Vec<Row> = first.into_iter().enumerate().map(row).collect();
+    write_rows(device, &state, &first)?;
+    let step = model.body(rows as u32, role, true, &state);
+    device.run(&step)?;
+    let mut all = Program::new(rows as u32, HostStages::default());
+    let (mut bytes, mut experts, mut layers) = (0, 0, 0);
+    for idx in 0..engine.config().num_hidden_layers {
+        let name = |stage: &str| format!("layers.{idx}.{stage}");
+        let Some(launches) = step.between(&name("mlp_norm"), &name("mlp.out")) else { continue };
+        if !launches.iter().any(|launch| matches!(launch.op, Op::MoeUp(_))) {
+            continue;
+        }
+        let mut layer = Program::new(rows as u32, HostStages::default());
+        layer.launches = launches.to_vec();
+        device.run(&layer)?;
+        let router = launches.iter().find(|launch| matches!(launch.op, Op::Router(_)));
+        let chosen = router.and_then(|launch| launch.args.iter().find(|arg| arg.name == "experts"));
+        let chosen = chosen.expect("experts have a router").slice;
+        let a = engine.config().num_experts_per_tok;
+        let mut words = vec![0u32; rows * a];
+        device.read(chosen.head(words.len() as u64 * 4), bytemuck::cast_slice_mut(&mut words))?;
+        words.sort_unstable();
+        words.dedup();
+        let all_experts = engine.config().num_local_experts as u64;
+        let weights = launches.iter().filter(|launch| matches!(launch.op, Op::MoeUp(_) | Op::MoeDown(_)));
+        let weights = weights.flat_map(|launch| &launch.args).filter(|arg| WEIGHTS.contains(&arg.name));
+        bytes += weights.map(|arg| arg.slice.bytes).sum::<u64>() / all_experts * words.len() as u64;
+        experts += words.len();
+        layers += 1;
+        all.launches.extend(layer.launches);
+    }
+    if layers == 0 {
+        return Err(crate::Error::option("kernel", "moe: this model has no experts"));
+    }
+    let all = all.seal();
+    let run = |times: usize| -> Result<f64> {
+        let start = Instant::now();
+        (0..times).try_for_each(|_| device.run(&all))?;
+        device.wait()?;
+        Ok(start.elapsed().as_secs_f64() / (times * layers) as f64)
+    };
+    run(8)?; // busy first
+    let seconds = (0..rounds).map(|_| run(4)).collect::<Result<_>>()?;
+    Ok(Moe { tokens: rows, seconds, bytes: bytes / layers as u64, experts: experts as f64 / layers as f64 })
+}
+
+/// Names of what a launch binds of a weight.
+const WEIGHTS: [&str; 3] = ["codes", "scales", "row_scales"];
+
+/// The launches of a step over `rows` sequences at `depth`, each timed on the device: the median of `rounds`.
 ///
 /// # Errors
 /// Where the device has no clock.
 pub fn profile(engine: &Engine, depth: usize, rows: usize, rounds: usize) -> Result<Vec<Timed>> {
-    let mut session = engine.session()?;
-    if depth > 0 {
-        prefill(&mut session, depth)?;
-    }
-    let step = tokens(rows, engine.config().vocab_size);
-    session.feed_drawn(&step, Want::Nothing)?;
-    let program = session.decode_program(rows as u32, (depth + rows) as u32).clone();
+    let mut batch = filled(engine, rows, depth)?;
+    batch.step()?;
+    let program = batch.program(depth as u32 + 2).clone();
     let device = engine.device();
-    let mut timed = Vec::new();
-    for program in [&program] {
-        device.run(program)?;
-        let rounds = (0..rounds).map(|_| device.time(program)).collect::<Result<Vec<_>>>()?;
-        for (at, launch) in program.launches.iter().enumerate() {
-            let seconds = median(rounds.iter().map(|round| round[at]).collect());
-            timed.push(Timed { kernel: launch.kernel.name, bytes: bytes_of(program, at, depth as u64), seconds });
-        }
+    let rounds = (0..rounds).map(|_| device.time(&program)).collect::<Result<Vec<_>>>()?;
+    let timed = program.launches.iter().enumerate().map(|(at, launch)| Timed {
+        kernel: launch.kernel.name,
+        bytes: bytes_of(&program, at, depth as u64),
+        seconds: median(rounds.iter().map(|round| round[at]).collect()),
+    });
+    Ok(timed.collect())
+}
+
+/// Sequences with prompts of `depth` tokens, at least one, that part at their first.
+fn filled(engine: &Engine, sequences: usize, depth: usize) -> Result<Batch> {
+    let vocab = engine.config().vocab_size;
+    let mut batch = engine.batch(sequences)?;
+    for (sequence, first) in tokens(sequences, vocab).into_iter().enumerate() {
+        let mut prompt = tokens(depth.max(1), vocab);
+        prompt[0] = first;
+        batch.feed(sequence, &prompt)?;
     }
-    session.clear();
-    Ok(timed)
+    Ok(batch)
 }

@@ -261,6 +261,16 @@ impl Engine {
         self.inner.fallback.as_deref()
     }
 
+    /// Most prompt tokens in one step.
+    pub(crate) fn chunk(&self) -> usize {
+        self.inner.plan.chunk as usize
+    }
+
+    /// Buffers for so many sequences.
+    pub(crate) fn new_state(&self, sequences: u32) -> Result<State> {
+        self.inner.model.state(&self.inner.device, &Plan { sequences, ..self.inner.plan })
+    }
+
     pub(crate) fn model(&self) -> &Model {
         &self.inner.model
     }

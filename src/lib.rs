@@ -21,6 +21,7 @@
 //! part, [`oracle`] checks a device by known answers, [`bench`] and [`synth`] measure speed. ARCHITECTURE.md says how it
 //! works inside.
 
+mod batch;
 pub mod bench;
 mod chat;
 pub mod checkpoint;
@@ -50,6 +51,7 @@ pub mod synth;
 pub mod tokenizer;
 pub mod trace;
 
+pub use batch::Batch;
 pub use chat::{Answer, Chat, Piece};
 pub use default_model::{draft as default_draft_checkpoint, main as default_checkpoint};
 pub use device::gpu::Gpu;

@@ -254,6 +254,12 @@ impl Program {
         }
     }
 
+    /// The launches between two stages.
+    pub(crate) fn between(&self, from: &str, to: &str) -> Option<&[Launch]> {
+        let after = |name: &str| self.stages.iter().find(|stage| stage.name == name).map(|stage| stage.after);
+        self.launches.get(after(from)?..after(to)?)
+    }
+
     /// Rows of the step.
     pub fn tokens(&self) -> u32 {
         self.tokens

@@ -1,12 +1,17 @@
 //! `fourfold bench`: tokens a second, beside what memory allows here.
 
-use super::Ending;
+mod chart;
+
 use super::engine::EngineArgs;
 use super::terminal::{self, Paint};
 use super::trace::note_fallback;
+use super::{Ending, Usage};
 use fourfold::bench::{self, Timed, median};
-use serde_json::json;
+use fourfold::device::Device;
+use serde_json::{Value, json};
 use std::io::{self, Write};
+use std::path::PathBuf;
+use std::sync::Arc;
 
 const EXAMPLES: &str = "\
 Examples:
@@ -14,7 +19,10 @@ Examples:
   fourfold bench --model synth:gpt-oss-20b             random weights of a true shape; no files
   fourfold bench --model synth:gpt-oss-120b:12         its first 12 layers
   fourfold bench --depth 0,4096 --prefill 512,2048     other lengths
-  fourfold bench --profile                             where the time of one token goes
+  fourfold bench --batch 1,8,32                        conversations that are stepped together
+  fourfold bench --profile                             where the time of a step goes
+  fourfold bench --kernel moe --tokens 1,8,64          the experts of one layer alone
+  fourfold bench --chart bench.svg                     a picture of it
 
 The floor of a token is what it must read (weights, of experts those that it goes to, keys and values) at the speed at
 which a kernel that does nothing else reads memory, measured in the same run.";
@@ -28,12 +36,24 @@ pub(super) struct Args {
     /// Tokens in the cache when decoding begins
     #[arg(long, value_name = "N,...", value_delimiter = ',', default_value = "0")]
     depth: Vec<usize>,
-    /// Tokens to decode at each depth, after eight that are not counted
-    #[arg(long, value_name = "N", default_value = "64", value_parser = at_least_one)]
-    tokens: usize,
-    /// Time every launch of one decoded token on the device
-    #[arg(long)]
+    /// Conversations that are decoded together
+    #[arg(long, value_name = "N,...", value_delimiter = ',', default_value = "1", value_parser = at_least_one)]
+    batch: Vec<usize>,
+    /// Tokens to decode in each case, after eight that are not counted; with --kernel: rows of a step, several with commas
+    #[arg(long, value_name = "N,...", value_delimiter = ',', default_value = "64", value_parser = at_least_one)]
+    tokens: Vec<usize>,
+    /// Measure this alone; moe: the router, experts and weighted sum of a layer, one layer after the other
+    #[arg(long, value_name = "KERNEL")]
+    kernel: Option<Kernel>,
+    /// With --kernel: the kernels of decoding, or those of prompts
+    #[arg(long, value_name = "ROLE", requires = "kernel", default_value = "decode")]
+    role: RoleArg,
+    /// Time every launch of a step on the device
+    #[arg(long, conflicts_with = "kernel")]
     profile: bool,
+    /// Draw the figures into this file, .svg
+    #[arg(long, value_name = "FILE")]
+    chart: Option<PathBuf>,
     /// Print one JSON object
     #[arg(long)]
     json: bool,
@@ -44,59 +64,113 @@ pub(super) struct Args {
     engine: EngineArgs,
 }
 
+#[derive(Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum Kernel {
+    Moe,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum RoleArg {
+    Decode,
+    Prompt,
+}
+
 /// Tokens before the first that counts.
 const WARM: usize = 8;
 /// Bytes that the ceiling is measured over.
 const CEILING_BYTES: u64 = 1 << 30;
 
+/// Something measured: seconds of each repetition, in which `tokens` tokens were computed and `bytes` had to be read.
+struct Figure {
+    what: String,
+    facts: Value,
+    tokens: usize,
+    seconds: Vec<f64>,
+    bytes: Option<u64>,
+}
+
+impl Figure {
+    fn median(&self) -> f64 {
+        median(self.seconds.clone())
+    }
+
+    fn rate(&self) -> f64 {
+        self.tokens as f64 / self.median()
+    }
+
+    /// Least and most.
+    fn spread(&self) -> [f64; 2] {
+        self.seconds.iter().fold([f64::MAX, 0.0], |[a, b], s| [a.min(*s), b.max(*s)])
+    }
+
+    /// Seconds that reading the bytes takes.
+    fn floor(&self, ceiling: Option<f64>) -> Option<f64> {
+        Some(self.bytes? as f64 / ceiling?)
+    }
+
+    fn row(&self, ceiling: Option<f64>) -> Vec<String> {
+        let (median, [least, most]) = (self.median(), self.spread());
+        let of_floor = self.floor(ceiling).map_or(String::new(), |floor| {
+            format!("{:.0} % of {}", 100.0 * floor / median, rate_of(self.tokens as f64 / floor))
+        });
+        let (unit, name) = if median < 1e-3 { (1e6, "µs") } else { (1e3, "ms") };
+        let spread = format!("{:.2} to {:.2}", least * unit, most * unit);
+        let speed = self.bytes.map_or(String::new(), |bytes| format!("{:.0}", bytes as f64 / median / 1e9));
+        vec![self.what.clone(), rate_of(self.rate()), format!("{:.2} {name}", median * unit), spread, speed, of_floor]
+    }
+
+    fn json(&self, ceiling: Option<f64>) -> Value {
+        let [least, most] = self.spread();
+        let mut value = json!({ "median_seconds": self.median(), "least_seconds": least, "most_seconds": most,
+            "repetitions": self.seconds.len(), "tokens_per_second": self.rate(), "bytes": self.bytes,
+            "floor_seconds": self.floor(ceiling) });
+        let facts = self.facts.as_object().cloned().unwrap_or_default();
+        value.as_object_mut().expect("made above").extend(facts);
+        value
+    }
+}
+
 pub(super) fn bench(args: &Args) -> anyhow::Result<Ending> {
+    if args.chart.as_ref().is_some_and(|file| file.extension().is_none_or(|end| end != "svg")) {
+        return Err(Usage("--chart: the file's name should end in .svg".into()).into());
+    }
+    if args.kernel.is_none() && args.tokens.len() > 1 {
+        return Err(Usage("--tokens: several numbers go with --kernel; decoding takes one".into()).into());
+    }
     let device = args.engine.device()?;
-    let deepest = args.depth.iter().max().map_or(0, |depth| depth + WARM + args.tokens);
+    let deepest = args.depth.iter().max().map_or(0, |depth| depth + WARM + args.tokens[0] + 3);
     let longest = args.prefill.iter().copied().max().unwrap_or(0);
-    let engine = args.engine.with_room(deepest.max(longest)).load(device, args.quiet)?;
+    let room = if args.kernel.is_some() { 0 } else { deepest.max(longest) };
+    let engine = args.engine.with_room(room).load(device, args.quiet)?;
     if !args.quiet {
         note_fallback(&engine);
     }
-    let mut session = engine.session()?;
-    // Busy for a while first: idle clocks are slow clocks.
-    bench::decode(&mut session, 0, 0, args.tokens)?;
-    let ceiling = bench::read_ceiling(engine.device(), CEILING_BYTES);
-    let mut rows = Vec::new();
-    let mut figures = Vec::new();
-    for &length in &args.prefill {
-        bench::prefill(&mut session, length)?;
-        let seconds = median((0..3).map(|_| bench::prefill(&mut session, length)).collect::<fourfold::Result<_>>()?);
-        let rate = length as f64 / seconds;
-        rows.push(vec![format!("prefill {length}"), rate_of(rate), format!("{:.1} ms", seconds * 1e3), String::new()]);
-        figures.push(json!({ "what": "prefill", "tokens": length, "seconds": seconds, "tokens_per_second": rate }));
-    }
-    for &depth in &args.depth {
-        let run = bench::decode(&mut session, depth, WARM, args.tokens)?;
-        let seconds = median(run.seconds.clone());
-        let floor = ceiling.as_ref().ok().map(|c| run.bytes as f64 / c);
-        let of_floor = floor.map_or(String::new(), |f| format!("{:.0} % of {}", 100.0 * f / seconds, rate_of(1.0 / f)));
-        rows.push(vec![
-            format!("decode at {depth}"),
-            rate_of(1.0 / seconds),
-            format!("{:.2} ms", seconds * 1e3),
-            of_floor,
-        ]);
-        let (least, most) = run.seconds.iter().fold((f64::MAX, 0f64), |(a, b), s| (a.min(*s), b.max(*s)));
-        figures.push(json!({ "what": "decode", "depth": depth, "tokens": args.tokens, "median_seconds": seconds,
-            "least_seconds": least, "most_seconds": most, "bytes_per_token": run.bytes, "floor_seconds": floor }));
-    }
-    let profile = match args.profile {
-        true => Some(bench::profile(&engine, args.depth.first().copied().unwrap_or(0), 1, 9)?),
-        false => None,
+    let (figures, ceiling) = match args.kernel {
+        Some(Kernel::Moe) => experts(args, &engine)?,
+        None => steps(args, &engine)?,
     };
+    let mut profiles = Vec::new();
+    for &rows in args.batch.iter().filter(|_| args.profile) {
+        profiles.push((rows, bench::profile(&engine, args.depth.first().copied().unwrap_or(0), rows, 9)?));
+    }
+    let read = ceiling.as_ref().ok().copied();
+    if let Some(file) = &args.chart {
+        let title = format!("{} on {}", engine.name(), engine.device().describe());
+        let steps = profiles.iter().map(|(rows, timed)| (format!("a step of {rows}"), by_kernel(timed)));
+        let bars = figures.iter().map(|f| (f.what.clone(), f.rate(), f.floor(read).map(|s| f.tokens as f64 / s)));
+        let svg = chart::svg(&title, &bars.collect::<Vec<_>>(), &steps.collect::<Vec<_>>());
+        std::fs::write(file, svg).map_err(|e| Usage(format!("--chart {}: {e}", file.display())))?;
+    }
     let mut out = io::stdout().lock();
     if args.json {
-        let kernels: Option<Vec<_>> = profile.map(|timed| {
-            timed.iter().map(|t| json!({ "kernel": t.kernel, "bytes": t.bytes, "seconds": t.seconds })).collect()
-        });
-        let ceiling = ceiling.ok();
+        let launches = |(rows, timed): &(usize, Vec<Timed>)| -> Value {
+            let each = |t: &Timed| json!({ "kernel": t.kernel, "bytes": t.bytes, "seconds": t.seconds });
+            json!({ "rows": rows, "launches": timed.iter().map(each).collect::<Vec<_>>() })
+        };
         let report = json!({ "model": engine.name(), "device": engine.device().describe(),
-            "driver": engine.device().driver(), "read_bytes_per_second": ceiling, "figures": figures, "launches": kernels });
+            "driver": engine.device().driver(), "read_bytes_per_second": read,
+            "figures": figures.iter().map(|f| f.json(read)).collect::<Vec<_>>(),
+            "profiles": profiles.iter().map(launches).collect::<Vec<_>>() });
         writeln!(out, "{report}")?;
         return Ok(Ending::Done);
     }
@@ -108,35 +182,108 @@ pub(super) fn bench(args: &Args) -> anyhow::Result<Ending> {
     }
     writeln!(out)?;
     let paint = Paint(terminal::styled(&io::stdout()));
-    terminal::table(&mut out, paint, &["what", ">tokens/s", ">median", "of the floor"], &rows)?;
-    if let Some(timed) = profile {
-        writeln!(out)?;
+    let rows: Vec<_> = figures.iter().map(|f| f.row(read)).collect();
+    let head = ["what", ">tokens/s", ">median", ">least to most", ">GB/s", "of the floor"];
+    terminal::table(&mut out, paint, &head, &rows)?;
+    for (rows, timed) in &profiles {
+        writeln!(out, "\nA step of {rows}:")?;
         let head = ["kernel", ">launches", ">µs", ">share", ">MB", ">GB/s"];
-        terminal::table(&mut out, paint, &head, &by_kernel(&timed))?;
+        terminal::table(&mut out, paint, &head, &by_kernel(timed).iter().map(Kind::row).collect::<Vec<_>>())?;
     }
     Ok(Ending::Done)
 }
 
-/// Rows of the profile: launches of one kernel together, the longest first, and a total.
-fn by_kernel(timed: &[Timed]) -> Vec<Vec<String>> {
-    let mut kernels: Vec<(&str, usize, f64, u64)> = Vec::new();
-    for t in timed {
-        match kernels.iter_mut().find(|k| k.0 == t.kernel) {
-            Some(k) => *k = (k.0, k.1 + 1, k.2 + t.seconds, k.3 + t.bytes),
-            None => kernels.push((t.kernel, 1, t.seconds, t.bytes)),
+type Measured = (Vec<Figure>, fourfold::Result<f64>);
+
+fn ceiling(device: &Arc<dyn Device>) -> fourfold::Result<f64> {
+    bench::read_ceiling(device, CEILING_BYTES)
+}
+
+/// Prompts and decoding.
+fn steps(args: &Args, engine: &fourfold::Engine) -> anyhow::Result<Measured> {
+    let mut session = engine.session()?;
+    let count = args.tokens[0];
+    // Busy for a while first: idle clocks are slow clocks.
+    bench::decode(&mut session, 0, 0, count)?;
+    let ceiling = ceiling(engine.device());
+    let mut figures = Vec::new();
+    for &length in &args.prefill {
+        bench::prefill(&mut session, length)?;
+        let seconds = (0..3).map(|_| bench::prefill(&mut session, length)).collect::<fourfold::Result<_>>()?;
+        let facts = json!({ "what": "prefill", "tokens": length });
+        figures.push(Figure { what: format!("prefill {length}"), facts, tokens: length, seconds, bytes: None });
+    }
+    for &depth in &args.depth {
+        for &batch in &args.batch {
+            let run = match batch {
+                1 => bench::decode(&mut session, depth, WARM, count)?,
+                _ => bench::decode_batch(engine, batch, depth, WARM, count)?,
+            };
+            let beside = if batch == 1 { String::new() } else { format!(", {batch} at once") };
+            let facts = json!({ "what": "decode", "depth": depth, "batch": batch });
+            let (what, bytes) = (format!("decode at {depth}{beside}"), Some(run.bytes));
+            figures.push(Figure { what, facts, tokens: batch, seconds: run.seconds, bytes });
         }
     }
-    kernels.sort_by(|a, b| b.2.total_cmp(&a.2));
-    let total = timed.iter().fold(("total", 0, 0.0, 0), |k, t| (k.0, k.1 + 1, k.2 + t.seconds, k.3 + t.bytes));
-    let row = |(kernel, launches, seconds, bytes): &(&str, usize, f64, u64)| {
-        let (mb, speed) = match bytes {
+    Ok((figures, ceiling))
+}
+
+/// The experts of a layer alone.
+fn experts(args: &Args, engine: &fourfold::Engine) -> anyhow::Result<Measured> {
+    let prompt = args.role == RoleArg::Prompt;
+    bench::moe(engine, 1, prompt, 8)?;
+    let ceiling = ceiling(engine.device());
+    let mut figures = Vec::new();
+    for &rows in &args.tokens {
+        let moe = bench::moe(engine, rows, prompt, 9)?;
+        let role = if prompt { "prompt" } else { "decode" };
+        let facts = json!({ "what": "moe", "tokens": rows, "role": role, "experts": moe.experts });
+        let what = format!("experts of a layer, {rows} tokens ({:.1} experts)", moe.experts);
+        figures.push(Figure { what, facts, tokens: rows, seconds: moe.seconds, bytes: Some(moe.bytes) });
+    }
+    Ok((figures, ceiling))
+}
+
+/// Launches of one kernel.
+struct Kind {
+    kernel: String,
+    launches: usize,
+    seconds: f64,
+    share: f64,
+    bytes: u64,
+}
+
+impl Kind {
+    fn row(&self) -> Vec<String> {
+        let (mb, speed) = match self.bytes {
             0 => (String::new(), String::new()),
-            _ => (format!("{:.1}", *bytes as f64 / 1e6), format!("{:.0}", *bytes as f64 / seconds / 1e9)),
+            bytes => (format!("{:.1}", bytes as f64 / 1e6), format!("{:.0}", bytes as f64 / self.seconds / 1e9)),
         };
-        let share = format!("{:.1} %", 100.0 * seconds / total.2);
-        vec![(*kernel).to_owned(), launches.to_string(), format!("{:.1}", seconds * 1e6), share, mb, speed]
+        let (us, share) = (format!("{:.1}", self.seconds * 1e6), format!("{:.1} %", 100.0 * self.share));
+        vec![self.kernel.clone(), self.launches.to_string(), us, share, mb, speed]
+    }
+}
+
+/// Launches of one kernel together, the longest first, and a total.
+fn by_kernel(timed: &[Timed]) -> Vec<Kind> {
+    let total: f64 = timed.iter().map(|t| t.seconds).sum();
+    let mut kinds: Vec<Kind> = Vec::new();
+    let mut add = |kernel: &str, t: &Timed| {
+        let at = kinds.iter().position(|k| k.kernel == kernel).unwrap_or_else(|| {
+            kinds.push(Kind { kernel: kernel.to_owned(), launches: 0, seconds: 0.0, share: 0.0, bytes: 0 });
+            kinds.len() - 1
+        });
+        let kind = &mut kinds[at];
+        (kind.launches, kind.seconds, kind.bytes) = (kind.launches + 1, kind.seconds + t.seconds, kind.bytes + t.bytes);
+        kind.share = kind.seconds / total;
     };
-    kernels.iter().chain([&total]).map(row).collect()
+    for t in timed {
+        add(t.kernel, t);
+        add("total", t);
+    }
+    // The total takes the longest of all, and goes last.
+    kinds.sort_by(|a, b| (a.kernel == "total").cmp(&(b.kernel == "total")).then(b.seconds.total_cmp(&a.seconds)));
+    kinds
 }
 
 fn at_least_one(text: &str) -> Result<usize, String> {

@@ -154,15 +154,14 @@ impl Model {
             Some(head) => p.projection(s.step, head, s.h, s.logits),
         }
         p.stage(|| "logits".to_owned(), s.logits, self.config.vocab_size);
-        p.draw(vocab, s.step, s.logits, s.draw_parts, s.rows, s.drawn);
+        p.draw(vocab, s.logits, s.draw_parts, s.rows, s.drawn);
         p
     }
 
-    /// The likeliest token of each of the `picks` logits of the last step, which becomes a row of the next step. Reads
-    /// `head_step` of the state.
+    /// The likeliest token of each of the `picks` logits of the last step, which becomes a row of the next step.
     pub fn draw(&self, picks: u32, s: &State) -> Program {
         let mut p = Program::new(picks, s.host);
-        p.draw(self.config.vocab_size as u32, s.head_step, s.logits, s.draw_parts, s.rows, s.drawn);
+        p.draw(self.config.vocab_size as u32, s.logits, s.draw_parts, s.rows, s.drawn);
         p
     }
 

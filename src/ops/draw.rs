@@ -13,11 +13,10 @@ pub struct Draw;
 impl Program {
     /// The likeliest token of each of `logits [T, V]` f32 into `drawn [T]` ([`Drawn`]), and into `rows` as the next step's.
     /// `parts`: `[T, 64]` of four words.
-    pub fn draw(&mut self, v: u32, step: Slice, logits: Slice, parts: Slice, rows: Slice, drawn: Slice) {
+    pub fn draw(&mut self, v: u32, logits: Slice, parts: Slice, rows: Slice, drawn: Slice) {
         self.argmax(v, logits, parts);
-        let launch = Launch::new(Op::Draw(Draw), &KERNEL, [self.tokens.div_ceil(64), 1, 1])
+        let launch = Launch::new(Op::Draw(Draw), &KERNEL, [self.tokens, 1, 1])
             .constant("PARTS", PARTS)
-            .read("step", step)
             .read("parts", parts)
             .update("rows", rows)
             .write("drawn", drawn);

@@ -1,6 +1,6 @@
 //! Drawing tokens on the device, and the ops that are fused for decoding.
 
-use super::{EPS, check, output_of, program, step};
+use super::{EPS, check, output_of, program};
 use crate::harness::{Bench, Random, cpu, gpus, sum_tolerance};
 use fourfold::ops::{Add, Addend, Drawn, MoeScatter, Op, RmsNorm, Routes, Row};
 use fourfold::program::{Program, Slice};
@@ -8,10 +8,10 @@ use fourfold::program::{Program, Slice};
 fn draw_case(b: &mut Bench, logits: &[f32], t: usize) -> (Program, Vec<Slice>) {
     let v = logits.len() / t;
     let rows: Vec<Row> = (0..t as u32).map(|i| Row { token: 7, sequence: i + 1, position: 10 * i, pad: 0 }).collect();
-    let (step, logits, rows) = (step(b, t), b.input(logits), b.guarded(bytemuck::cast_slice(&rows)));
+    let (logits, rows) = (b.input(logits), b.guarded(bytemuck::cast_slice(&rows)));
     let (parts, drawn) = (b.output(t * 64 * 4), b.output(t * 4));
     let mut p = program(t);
-    p.draw(v as u32, step, logits, parts, rows, drawn);
+    p.draw(v as u32, logits, parts, rows, drawn);
     (p, vec![drawn, rows])
 }
 

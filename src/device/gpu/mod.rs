@@ -4,6 +4,7 @@
 mod adapter;
 mod cache;
 mod later;
+mod pace;
 mod pipeline;
 mod run;
 mod upload;
@@ -66,6 +67,8 @@ pub struct Gpu {
     sealed: Mutex<HashMap<u64, Arc<Vec<run::Ready>>>>,
     /// For readbacks.
     staging: Mutex<Option<wgpu::Buffer>>,
+    /// How many launches go into one submission.
+    pace: pace::Pace,
     /// Small readback buffers that nobody waits for.
     idle: Arc<Mutex<Vec<wgpu::Buffer>>>,
     /// For large writes, until the next wait.
@@ -153,6 +156,7 @@ impl Gpu {
             bind_groups: Mutex::default(),
             sealed: Mutex::default(),
             staging: Mutex::default(),
+            pace: pace::Pace::default(),
             idle: Arc::default(),
             ring: Mutex::default(),
             allocated: AtomicU64::new(0),

@@ -8,7 +8,7 @@ use crate::ops::is_written;
 use crate::program::{Access, BufferId, Launch, Place, Program, Slice, Stage};
 use std::sync::{Arc, PoisonError};
 
-/// Launches in one submission: short enough for a desktop's watchdog, long enough to keep the queue busy.
+/// Launches that are timed in one submission.
 const LAUNCHES: usize = 64;
 
 /// A pipeline and what its launch binds.
@@ -106,7 +106,13 @@ impl Gpu {
                 ready
             }
         };
-        ready.chunks(LAUNCHES).try_for_each(|ready| self.submit(ready))
+        let mut rest = &ready[..];
+        while !rest.is_empty() {
+            let (next, others) = rest.split_at(self.pace.launches(program.tokens).min(rest.len()));
+            self.submit(next, program.tokens)?;
+            rest = others;
+        }
+        Ok(())
     }
 
     fn run_launches(&self, mut rest: &[Launch], tokens: u32) -> Result<()> {
@@ -115,8 +121,9 @@ impl Gpu {
                 self.run_host_launch(first, tokens)?;
                 rest = &rest[1..];
             } else {
-                let count = rest.iter().take(LAUNCHES).take_while(|l| l.place == Place::Device).count();
-                self.submit(&self.ready(&rest[..count])?)?;
+                let most = self.pace.launches(tokens);
+                let count = rest.iter().take(most).take_while(|l| l.place == Place::Device).count();
+                self.submit(&self.ready(&rest[..count])?, tokens)?;
                 rest = &rest[count..];
             }
         }
@@ -127,7 +134,8 @@ impl Gpu {
         launches.iter().map(|launch| self.bind(launch)).collect()
     }
 
-    fn submit(&self, launches: &[Ready]) -> Result<()> {
+    fn submit(&self, launches: &[Ready], tokens: u32) -> Result<()> {
+        let done = self.pace.watch(tokens, launches.len());
         self.scoped("running a step", 0, || {
             let mut encoder = self.device.create_command_encoder(&wgpu::CommandEncoderDescriptor::default());
             let mut pass = encoder.begin_compute_pass(&wgpu::ComputePassDescriptor::default());
@@ -136,6 +144,7 @@ impl Gpu {
             }
             drop(pass);
             self.queue.submit([encoder.finish()]);
+            self.queue.on_submitted_work_done(done);
         })
     }
 

@@ -20,6 +20,7 @@
 #import bias
 #import tile
 #import dot16
+#import rows
 #import reduce
 override K: u32;
 override N: u32;
@@ -32,18 +33,37 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     let t0 = group.x * TOKENS;
     let n0 = (group.y * 8u + lane / LANES) * ROWS;
     var sums: array<f32, ROWS * TOKENS>;
-    for (var i = lane % LANES; i < K / 16u; i += LANES) {
+    let c = lane % LANES;
+    for (var base = 0u; base < K / 16u; base += LANES) {
+        // Past the end the last chunk again, for nothing; so it is with rows of weights and tokens.
+        let i = min(base + c, K / 16u - 1u);
         var w: array<Sixteen, ROWS>;
         for (var r = 0u; r < ROWS; r++) {
-            // Past the end the last row again, for nothing; so it is with tokens.
             w[r] = weight_at(min(n0 + r, COUNT - 1u), K / 16u, i);
         }
-        for (var j = 0u; j < TOKENS; j++) {
-            let x = in_units(input_at(min(t0 + j, step.tokens - 1u), K / 16u, i));
-            for (var r = 0u; r < ROWS; r++) {
-                sums[j * ROWS + r] = dot16(w[r], x, sums[j * ROWS + r]);
+        if TOKENS == 1u {
+            if base + c < K / 16u {
+                let x = in_units(input_at(min(t0, step.tokens - 1u), K / 16u, i));
+                for (var r = 0u; r < ROWS; r++) {
+                    sums[r] = dot16(w[r], x, sums[r]);
+                }
+            }
+            continue;
+        }
+        // Each group of LANES brings the rows of the tokens that it counts off.
+        for (var j = lane / LANES; j < TOKENS; j += 8u) {
+            hold(j, c, in_units(input_at(min(t0 + j, step.tokens - 1u), K / 16u, i)));
+        }
+        workgroupBarrier(); // the tokens' chunks are here
+        if base + c < K / 16u {
+            for (var j = 0u; j < TOKENS; j++) {
+                let x = held(j, c);
+                for (var r = 0u; r < ROWS; r++) {
+                    sums[j * ROWS + r] = dot16(w[r], x, sums[j * ROWS + r]);
+                }
             }
         }
+        workgroupBarrier(); // all have read them before the next ones come
     }
     for (var j = 0u; j < TOKENS; j++) {
         for (var r = 0u; r < ROWS; r++) {

@@ -18,6 +18,7 @@
 #import routes
 #import tile
 #import dot16
+#import rows
 #import reduce
 override K: u32;
 override D: u32;
@@ -40,20 +41,39 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         routes[j] = route_at(group.y, j);
     }
     var sums: array<f32, ROWS * TOKENS>;
-    for (var i = lane % LANES; i < K / 16u; i += LANES) {
+    let c = lane % LANES;
+    for (var start = 0u; start < K / 16u; start += LANES) {
+        // Past the end the last chunk again, for nothing; so it is with rows of weights.
+        let i = min(start + c, K / 16u - 1u);
         var w: array<Sixteen, ROWS>;
         for (var r = 0u; r < ROWS; r++) {
-            // Past the end the last row again, for nothing.
             w[r] = weight_at(base + min(d0 + r, D - 1u), K / 16u, i);
         }
-        for (var j = 0u; j < TOKENS; j++) {
-            if j < count {
-                let x = in_units(input_at(routes[j], K / 16u, i));
+        if TOKENS == 1u {
+            if start + c < K / 16u {
+                let x = in_units(input_at(routes[0], K / 16u, i));
                 for (var r = 0u; r < ROWS; r++) {
-                    sums[j * ROWS + r] = dot16(w[r], x, sums[j * ROWS + r]);
+                    sums[r] = dot16(w[r], x, sums[r]);
+                }
+            }
+            continue;
+        }
+        // Each group of LANES brings the rows of the routes that it counts off.
+        for (var j = lane / LANES; j < count; j += 8u) {
+            hold(j, c, in_units(input_at(route_at(group.y, j), K / 16u, i)));
+        }
+        workgroupBarrier(); // the routes' chunks are here
+        if start + c < K / 16u {
+            for (var j = 0u; j < TOKENS; j++) {
+                if j < count {
+                    let x = held(j, c);
+                    for (var r = 0u; r < ROWS; r++) {
+                        sums[j * ROWS + r] = dot16(w[r], x, sums[j * ROWS + r]);
+                    }
                 }
             }
         }
+        workgroupBarrier(); // all have read them before the next ones come
     }
     for (var j = 0u; j < TOKENS; j++) {
         if j < count {

@@ -21,6 +21,7 @@
 #import routes
 #import tile
 #import dot16
+#import rows
 #import reduce
 override K: u32;
 override F: u32;
@@ -47,28 +48,41 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     }
     // Rows 2r and 2r + 1 are gate and up of output r.
     var sums: array<f32, ROWS * TOKENS>;
-    for (var i = lane % LANES; i < K / 16u; i += LANES) {
+    let c = lane % LANES;
+    for (var start = 0u; start < K / 16u; start += LANES) {
+        // Past the end the last chunk again, for nothing; so it is with outputs.
+        let i = min(start + c, K / 16u - 1u);
         if TOKENS == 1u {
             // One row of weights after the other: fewer numbers to hold.
-            let x = in_units(input_at(routes[0] / SHARE, K / 16u, i));
-            for (var r = 0u; r < ROWS; r++) {
-                sums[r] = dot16(weight_at(base + min(f0 + r / 2u, F - 1u) * STRIDE + r % 2u * UP, K / 16u, i), x, sums[r]);
+            if start + c < K / 16u {
+                let x = in_units(input_at(routes[0] / SHARE, K / 16u, i));
+                for (var r = 0u; r < ROWS; r++) {
+                    let row = base + min(f0 + r / 2u, F - 1u) * STRIDE + r % 2u * UP;
+                    sums[r] = dot16(weight_at(row, K / 16u, i), x, sums[r]);
+                }
             }
             continue;
         }
         var w: array<Sixteen, ROWS>;
         for (var r = 0u; r < ROWS; r++) {
-            // Past the end the last output again, for nothing.
             w[r] = weight_at(base + min(f0 + r / 2u, F - 1u) * STRIDE + r % 2u * UP, K / 16u, i);
         }
-        for (var j = 0u; j < TOKENS; j++) {
-            if j < count {
-                let x = in_units(input_at(routes[j] / SHARE, K / 16u, i));
-                for (var r = 0u; r < ROWS; r++) {
-                    sums[j * ROWS + r] = dot16(w[r], x, sums[j * ROWS + r]);
+        // Each group of LANES brings the rows of the routes that it counts off.
+        for (var j = lane / LANES; j < count; j += 8u) {
+            hold(j, c, in_units(input_at(route_at(group.y, j) / SHARE, K / 16u, i)));
+        }
+        workgroupBarrier(); // the routes' chunks are here
+        if start + c < K / 16u {
+            for (var j = 0u; j < TOKENS; j++) {
+                if j < count {
+                    let x = held(j, c);
+                    for (var r = 0u; r < ROWS; r++) {
+                        sums[j * ROWS + r] = dot16(w[r], x, sums[j * ROWS + r]);
+                    }
                 }
             }
         }
+        workgroupBarrier(); // all have read them before the next ones come
     }
     for (var j = 0u; j < TOKENS; j++) {
         if j < count {

@@ -105,6 +105,7 @@ shared!(
     "routes_each",
     "routes_grouped",
     "row",
+    "rows",
     "segments",
     "sink_bf16",
     "sink_none",

@@ -42,21 +42,27 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     }
     var sums: array<f32, ROWS * TOKENS>;
     let c = lane % LANES;
+    var next: array<Stored, ROWS>;
+    for (var r = 0u; r < ROWS && TOKENS > 1u; r++) {
+        next[r] = stored_at(base + min(d0 + r, D - 1u), K / 16u, min(c, K / 16u - 1u));
+    }
     for (var start = 0u; start < K / 16u; start += LANES) {
         // Past the end the last chunk again, for nothing; so it is with rows of weights.
         let i = min(start + c, K / 16u - 1u);
-        var w: array<Sixteen, ROWS>;
-        for (var r = 0u; r < ROWS; r++) {
-            w[r] = weight_at(base + min(d0 + r, D - 1u), K / 16u, i);
-        }
         if TOKENS == 1u {
             if start + c < K / 16u {
                 let x = in_units(input_at(routes[0], K / 16u, i));
                 for (var r = 0u; r < ROWS; r++) {
-                    sums[r] = dot16(w[r], x, sums[r]);
+                    sums[r] = dot16(weight_at(base + min(d0 + r, D - 1u), K / 16u, i), x, sums[r]);
                 }
             }
             continue;
+        }
+        // The next chunks are on their way while these are multiplied.
+        var w: array<Sixteen, ROWS>;
+        for (var r = 0u; r < ROWS; r++) {
+            w[r] = opened(next[r]);
+            next[r] = stored_at(base + min(d0 + r, D - 1u), K / 16u, min(i + LANES, K / 16u - 1u));
         }
         // Each group of LANES brings the rows of the routes that it counts off.
         for (var j = lane / LANES; j < count; j += 8u) {

@@ -21,6 +21,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 pub const DEFAULT_CONTEXT: usize = 4096;
 /// Tokens of a prompt in one step unless asked otherwise.
 pub const DEFAULT_CHUNK: usize = 128;
+/// The same where matrix units want more at once.
+const MATRIX_CHUNK: u32 = 1024;
 
 /// What computes.
 #[derive(Clone, Debug, Default)]
@@ -148,8 +150,11 @@ impl EngineBuilder {
             scale_order: self.scale_order,
         };
         plan.check(&config)?;
-        plan.chunk = plan.chunk.min(plan.context);
         let (device, fallback) = open_device(&self.device)?;
+        if self.chunk.is_none() && device.limits().matrix {
+            plan.chunk = MATRIX_CHUNK;
+        }
+        plan.chunk = plan.chunk.min(plan.context);
         let model = Model::load(&checkpoint, config, &device, &plan, &mut self.progress)?;
         let name = checkpoint.name().to_owned();
         Ok(Engine { inner: Arc::new(Inner { name, device, fallback, model, plan, tokenizer, chat, generation }) })

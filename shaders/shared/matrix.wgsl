@@ -36,12 +36,6 @@ fn put_quad(at: u32, v: vec4<f32>) {
     tile_lo[at] = vec4<f16>((v - hi) * LEFT);
 }
 
-fn chunk_at(row: u32, i: u32) -> Sixteen {
-    if i < K / 16u {
-        return weight_at(row, K / 16u, i);
-    }
-    return Sixteen(vec4<f32>(0.0), vec4<f32>(0.0), vec4<f32>(0.0), vec4<f32>(0.0), 0.0);
-}
 
 fn multiply(lane: u32) {
     let group = lane / 32u;
@@ -61,11 +55,13 @@ fn multiply(lane: u32) {
     var d01 = coop_mat16x16<f32, C>();
     var d10 = coop_mat16x16<f32, C>();
     var d11 = coop_mat16x16<f32, C>();
-    var w = chunk_at(w_row, lane % 2u);
+    var next = stored_at(w_row, K / 16u, min(lane % 2u, K / 16u - 1u));
     var q0 = quad_at(x0, lane % 8u);
     var q1 = quad_at(x1, lane % 8u);
     for (var k = 0u; k < K; k += 32u) {
-        let unit = w.scale * WEIGHT_UNIT;
+        let w = opened(next);
+        // Past the end zeros.
+        let unit = select(0.0, w.scale * WEIGHT_UNIT, k / 16u + lane % 2u < K / 16u);
         tile_w[w_at] = vec4<f16>(w.a * unit);
         tile_w[w_at + 1u] = vec4<f16>(w.b * unit);
         tile_w[w_at + 2u] = vec4<f16>(w.c * unit);
@@ -74,7 +70,7 @@ fn multiply(lane: u32) {
         put_quad(x_at + 32u * PITCH, q1);
         workgroupBarrier(); // the tiles are whole
         // The next ones are on their way while these are multiplied.
-        w = chunk_at(w_row, k / 16u + 2u + lane % 2u);
+        next = stored_at(w_row, K / 16u, min(k / 16u + 2u + lane % 2u, K / 16u - 1u));
         q0 = quad_at(x0, k / 4u + 8u + lane % 8u);
         q1 = quad_at(x1, k / 4u + 8u + lane % 8u);
         for (var half = 0u; half < 8u; half += 4u) {

@@ -7,9 +7,22 @@ const WEIGHT_UNIT = 1.0;
 
 // Elements 16i..16i+16 of a row of K = 16 chunks elements.
 fn weight_at(row: u32, chunks: u32, i: u32) -> Sixteen {
+    return opened(stored_at(row, chunks, i));
+}
+
+struct Stored {
+    lower: vec4<u32>,
+    upper: vec4<u32>,
+}
+
+fn stored_at(row: u32, chunks: u32, i: u32) -> Stored {
     let at = (row * chunks + i) * 2u;
-    let v = codes[at];
-    let w = codes[at + 1u];
+    return Stored(codes[at], codes[at + 1u]);
+}
+
+fn opened(s: Stored) -> Sixteen {
+    let v = s.lower;
+    let w = s.upper;
     return Sixteen(bf16x4(v.x, v.y), bf16x4(v.z, v.w), bf16x4(w.x, w.y), bf16x4(w.z, w.w), 1.0);
 }
 

@@ -8,8 +8,19 @@ const WEIGHT_UNIT = 1.0;
 
 // Elements 16i..16i+16 of a row of K = 16 chunks elements.
 fn weight_at(row: u32, chunks: u32, i: u32) -> Sixteen {
-    let c = codes[row * chunks + i];
-    return Sixteen(e4m3x4(c.x), e4m3x4(c.y), e4m3x4(c.z), e4m3x4(c.w), 1.0);
+    return opened(stored_at(row, chunks, i));
+}
+
+struct Stored {
+    codes: vec4<u32>,
+}
+
+fn stored_at(row: u32, chunks: u32, i: u32) -> Stored {
+    return Stored(codes[row * chunks + i]);
+}
+
+fn opened(s: Stored) -> Sixteen {
+    return Sixteen(e4m3x4(s.codes.x), e4m3x4(s.codes.y), e4m3x4(s.codes.z), e4m3x4(s.codes.w), 1.0);
 }
 
 // What the sum over a row is multiplied by.

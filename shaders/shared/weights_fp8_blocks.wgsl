@@ -8,9 +8,20 @@ const WEIGHT_UNIT = 1.0;
 
 // Elements 16i..16i+16 of a row of K = 16 chunks elements.
 fn weight_at(row: u32, chunks: u32, i: u32) -> Sixteen {
-    let c = codes[row * chunks + i];
-    let scale = scales[row * (chunks / 8u) + i / 8u];
-    return Sixteen(e4m3x4(c.x), e4m3x4(c.y), e4m3x4(c.z), e4m3x4(c.w), scale);
+    return opened(stored_at(row, chunks, i));
+}
+
+struct Stored {
+    codes: vec4<u32>,
+    scale: f32,
+}
+
+fn stored_at(row: u32, chunks: u32, i: u32) -> Stored {
+    return Stored(codes[row * chunks + i], scales[row * (chunks / 8u) + i / 8u]);
+}
+
+fn opened(s: Stored) -> Sixteen {
+    return Sixteen(e4m3x4(s.codes.x), e4m3x4(s.codes.y), e4m3x4(s.codes.z), e4m3x4(s.codes.w), s.scale);
 }
 
 fn row_scale(row: u32) -> f32 {

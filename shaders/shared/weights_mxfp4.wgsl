@@ -15,12 +15,23 @@ fn e8m0(code: u32) -> f32 {
 
 // Elements 16i..16i+16 of a row of K = 16 chunks elements.
 fn weight_at(row: u32, chunks: u32, i: u32) -> Sixteen {
-    let c = codes[row * chunks + i];
+    return opened(stored_at(row, chunks, i));
+}
+
+struct Stored {
+    codes: vec2<u32>,
+    scale: u32, // in the low byte
+}
+
+fn stored_at(row: u32, chunks: u32, i: u32) -> Stored {
     let block = row * (chunks / 2u) + i / 2u;
-    let scale = e8m0((scales[block / 4u] >> ((block % 4u) * 8u)) & 255u);
-    let v = e2m1x8(c.x);
-    let w = e2m1x8(c.y);
-    return Sixteen(v.a, v.b, w.a, w.b, scale);
+    return Stored(codes[row * chunks + i], scales[block / 4u] >> ((block % 4u) * 8u));
+}
+
+fn opened(s: Stored) -> Sixteen {
+    let v = e2m1x8(s.codes.x);
+    let w = e2m1x8(s.codes.y);
+    return Sixteen(v.a, v.b, w.a, w.b, e8m0(s.scale & 255u));
 }
 
 fn row_scale(row: u32) -> f32 {

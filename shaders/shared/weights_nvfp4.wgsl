@@ -11,12 +11,23 @@ const WEIGHT_UNIT = E2M1_UNIT;
 
 // Elements 16i..16i+16 of a row of K = 16 chunks elements.
 fn weight_at(row: u32, chunks: u32, i: u32) -> Sixteen {
+    return opened(stored_at(row, chunks, i));
+}
+
+struct Stored {
+    codes: vec2<u32>,
+    scale: u32, // in the low byte
+}
+
+fn stored_at(row: u32, chunks: u32, i: u32) -> Stored {
     let block = row * chunks + i;
-    let c = codes[block];
-    let scale = e4m3((scales[block / 4u] >> ((block % 4u) * 8u)) & 255u);
-    let v = e2m1x8(c.x);
-    let w = e2m1x8(c.y);
-    return Sixteen(v.a, v.b, w.a, w.b, scale);
+    return Stored(codes[block], scales[block / 4u] >> ((block % 4u) * 8u));
+}
+
+fn opened(s: Stored) -> Sixteen {
+    let v = e2m1x8(s.codes.x);
+    let w = e2m1x8(s.codes.y);
+    return Sixteen(v.a, v.b, w.a, w.b, e4m3(s.scale & 255u));
 }
 
 // What the sum over a row is multiplied by.

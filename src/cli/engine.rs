@@ -23,7 +23,7 @@ pub(super) struct EngineArgs {
     /// Tokens that a conversation can hold [default: 4096, or what the model allows]
     #[arg(long, value_name = "TOKENS")]
     context: Option<usize>,
-    /// Most prompt tokens at once: more is faster and takes more memory [default: 128]
+    /// Most prompt tokens at once: more is faster and takes more memory [default: 128; 1024 with matrix units]
     #[arg(long, value_name = "TOKENS")]
     chunk: Option<usize>,
     /// How keys and values are kept; bf16 takes half the memory

@@ -19,9 +19,10 @@ const PAGE: u32 = 16;
 /// Bytes that the segments of attention may take, of as many rows at a time as fit.
 const SEGMENT_BYTES: u64 = 64 << 20;
 
-/// Most routes of a step that experts take one by one, or an eighth of the experts where that is more. So few go to
-/// different experts, mostly: to sort them would cost a launch and save nothing.
-const ROUTES_EACH: u32 = 8;
+/// Most routes of a step, for each expert, that experts take one by one. A workgroup for a tile of eight routes holds more
+/// numbers and waits for its rows; where tiles are nearly empty that costs more than reading weights again, mostly from the
+/// device's cache: on an H100 up to about two routes an expert (docs/performance.md).
+const ROUTES_EACH: u32 = 2;
 
 /// How a model is loaded, and sizes of a conversation's buffers.
 #[derive(Clone, Copy, Debug)]
@@ -349,7 +350,7 @@ impl State {
         if p.by_matrix() && exact && experts.iter().all(|experts| experts.weight.format.fits_half()) {
             return Routing::ByMatrix(self.tiles);
         }
-        match p.tokens() * a <= ROUTES_EACH.max(experts[0].weight.experts / 8) {
+        match p.tokens() * a <= ROUTES_EACH * experts[0].weight.experts {
             true => Routing::Each(self.routes.experts),
             false => Routing::Grouped(self.tiles),
         }

@@ -64,7 +64,7 @@ pub struct Linear {
 impl Program {
     /// `y = w x + bias` by row. `step`: uniform with T; `x`: `[T, K]`, `y`: `[T, N]` f32; `bias`: `[N]` bf16.
     pub fn linear(&mut self, step: Slice, w: &Weight, bias: Option<Slice>, x: impl Into<Input>, y: Slice) {
-        self.linear_columns(step, w, [0, w.n], bias, x.into(), y, false);
+        self.linear_columns(step, w, [0, w.n], bias, (x.into(), y), false);
     }
 
     /// `y = w x + bias` by row, through every matrix of a linear layer.
@@ -76,12 +76,12 @@ impl Program {
 
     /// One matrix of a [`Projection`], into its columns of `y`.
     pub fn linear_piece(&mut self, step: Slice, w: &Projection, piece: &Piece, x: impl Into<Input>, y: Slice) {
-        self.linear_columns(step, &piece.weight, [piece.first, w.n], w.bias, x.into(), y, false);
+        self.linear_columns(step, &piece.weight, [piece.first, w.n], w.bias, (x.into(), y), false);
     }
 
     /// The same by matrix units, where the program may take them: not for routers, whose scores decide.
     pub fn linear_by_matrix(&mut self, step: Slice, w: &Projection, piece: &Piece, x: impl Into<Input>, y: Slice) {
-        self.linear_columns(step, &piece.weight, [piece.first, w.n], w.bias, x.into(), y, true);
+        self.linear_columns(step, &piece.weight, [piece.first, w.n], w.bias, (x.into(), y), true);
     }
 
     fn linear_columns(
@@ -90,8 +90,7 @@ impl Program {
         w: &Weight,
         [first, n]: [u32; 2],
         bias: Option<Slice>,
-        x: Input,
-        y: Slice,
+        (x, y): (Input, Slice),
         matrix: bool,
     ) {
         let by_matrix = matrix && self.by_matrix() && x.format() == InputFormat::F32 && w.format.fits_half();

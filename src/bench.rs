@@ -3,7 +3,8 @@
 use crate::batch::Batch;
 use crate::device::{Buffer, Device};
 use crate::engine::{Engine, Session, Want, write_rows};
-use crate::error::Result;
+use crate::error::{Error, Result};
+use crate::model::Plan;
 use crate::ops::{Op, Row, Stream};
 use crate::program::{HostStages, Program, Role};
 use crate::tokenizer::TokenId;
@@ -27,6 +28,7 @@ pub struct Timed {
 /// # Errors
 /// Where the device has no clock, or not so much memory.
 pub fn read_ceiling(device: &Arc<dyn Device>, bytes: u64) -> Result<f64> {
+    clock(device)?;
     // Buffers of 256 MiB at most, read one after the other: more than any cache holds.
     let one = bytes.min(256 << 20).min(device.limits().max_binding_bytes) / 16 * 16;
     let op = Stream { n: (one / 16) as u32, groups: 2048 };
@@ -130,8 +132,8 @@ pub fn decode(session: &mut Session, depth: usize, warm: usize, count: usize) ->
 
 /// As [`decode`], of `sequences` sequences that are stepped together: seconds of each step, bytes of a step.
 pub fn decode_batch(engine: &Engine, sequences: usize, depth: usize, warm: usize, count: usize) -> Result<Decode> {
-    let mut batch = filled(engine, sequences, depth)?;
-    let bytes = bytes_of_step(&[batch.program(depth as u32 + 1)], depth as u64);
+    let mut batch = filled(engine, sequences, depth, warm + count + 1)?;
+    let bytes = bytes_of_step(&[&batch.begin()?], depth as u64);
     let mut seconds = Vec::new();
     let mut start = Instant::now();
     for i in 0..warm + count {
@@ -158,62 +160,109 @@ pub struct Moe {
     pub experts: f64,
 }
 
-/// The experts of every layer, one layer behind the other so that no weights are in the device's caches, over as many
-/// different rows: by the kernels of decoding, or by a prompt's.
+/// The experts of every layer, one layer behind the other so that no weights are in the device's caches, each over random
+/// rows of its own: by the kernels of decoding, or by a prompt's.
 ///
 /// # Errors
-/// Where the model has no experts.
+/// Where the model has no experts, and where so many rows are no step.
 pub fn moe(engine: &Engine, rows: usize, prompt: bool, rounds: usize) -> Result<Moe> {
-    let (device, model) = (engine.device(), engine.model());
-    let state = engine.new_state(rows as u32)?;
+    let (device, model, config) = (engine.device(), engine.model(), engine.config());
+    let plan = Plan { sequences: 1, context: 1, chunk: u32::try_from(rows).unwrap_or(u32::MAX), ..*engine.plan() };
+    plan.check(config)
+        .map_err(|_| Error::option("tokens", format!("{rows} is out of range: 1 to 2048 rows of a step")))?;
+    let state = model.state(device, &plan)?;
     let role = if prompt { Role::Prompt } else { Role::Generated { reach: 1 } };
-    // Distinct rows: the first tokens of as many sequences, through all layers.
-    let first = tokens(rows, engine.config().vocab_size);
-    let row = |(sequence, token): (usize, TokenId)| Row { token, sequence: sequence as u32, position: 0, pad: 0 };
-    let first: Vec<Row> = first.into_iter().enumerate().map(row).collect();
-    write_rows(device, &state, &first)?;
+    let places: Vec<Row> = (0..rows as u32).map(|sequence| Row { sequence, ..Row::default() }).collect();
+    write_rows(device, &state, &places)?;
     let step = model.body(rows as u32, role, true, &state);
-    device.run(&step)?;
-    let mut all = Program::new(rows as u32, HostStages::default());
-    let (mut bytes, mut experts, mut layers) = (0, 0, 0);
-    for idx in 0..engine.config().num_hidden_layers {
-        let name = |stage: &str| format!("layers.{idx}.{stage}");
-        let Some(launches) = step.between(&name("mlp_norm"), &name("mlp.out")) else { continue };
-        if !launches.iter().any(|launch| matches!(launch.op, Op::MoeUp(_))) {
-            continue;
+    let mut all = Program::new(rows as u32, engine.plan().host);
+    let (mut bytes, mut experts, mut layers, mut inputs) = (0, 0, 0, Vec::new());
+    // Few rows come several times, so that the experts of one round are not those of all.
+    for round in 0..(512 / rows).clamp(1, 4) {
+        for idx in 0..config.num_hidden_layers {
+            let name = |stage: &str| format!("layers.{idx}.{stage}");
+            let Some(launches) = step.between(&name("mlp_norm"), &name("mlp.out")) else { continue };
+            let chosen = step.stages.iter().find(|stage| stage.name == name("mlp.router.experts"));
+            let (Some(chosen), Some(norm)) = (chosen, step.stages.iter().find(|s| s.name == name("mlp_norm"))) else {
+                continue; // a dense layer
+            };
+            let values = noise(rows * config.hidden_size, (round * config.num_hidden_layers + idx) as u64);
+            let input = Buffer::with_bytes(device, "rows of a layer", bytemuck::cast_slice(&values))?;
+            let mut layer = Program::new(rows as u32, engine.plan().host);
+            for launch in launches {
+                let mut launch = launch.clone();
+                for arg in launch.args.iter_mut().filter(|arg| arg.slice.buffer == norm.slice.buffer) {
+                    arg.slice = input.slice();
+                }
+                layer.push(launch);
+            }
+            device.run(&layer)?;
+            let mut words = vec![0u32; chosen.slice.bytes as usize / 4];
+            device.read(chosen.slice, bytemuck::cast_slice_mut(&mut words))?;
+            words.sort_unstable();
+            words.dedup();
+            let weights = launches.iter().filter(|launch| matches!(launch.op, Op::MoeUp(_) | Op::MoeDown(_)));
+            let weights = weights.flat_map(|launch| &launch.args).filter(|arg| WEIGHTS.contains(&arg.name));
+            let each = weights.map(|arg| arg.slice.bytes).sum::<u64>() / config.num_local_experts as u64;
+            bytes += each * words.len() as u64;
+            experts += words.len();
+            layers += 1;
+            all.launches.extend(layer.launches);
+            inputs.push(input);
         }
-        let mut layer = Program::new(rows as u32, HostStages::default());
-        layer.launches = launches.to_vec();
-        device.run(&layer)?;
-        let router = launches.iter().find(|launch| matches!(launch.op, Op::Router(_)));
-        let chosen = router.and_then(|launch| launch.args.iter().find(|arg| arg.name == "experts"));
-        let chosen = chosen.expect("experts have a router").slice;
-        let a = engine.config().num_experts_per_tok;
-        let mut words = vec![0u32; rows * a];
-        device.read(chosen.head(words.len() as u64 * 4), bytemuck::cast_slice_mut(&mut words))?;
-        words.sort_unstable();
-        words.dedup();
-        let all_experts = engine.config().num_local_experts as u64;
-        let weights = launches.iter().filter(|launch| matches!(launch.op, Op::MoeUp(_) | Op::MoeDown(_)));
-        let weights = weights.flat_map(|launch| &launch.args).filter(|arg| WEIGHTS.contains(&arg.name));
-        bytes += weights.map(|arg| arg.slice.bytes).sum::<u64>() / all_experts * words.len() as u64;
-        experts += words.len();
-        layers += 1;
-        all.launches.extend(layer.launches);
     }
     if layers == 0 {
-        return Err(crate::Error::option("kernel", "moe: this model has no experts"));
+        return Err(Error::option(
+            "kernel",
+            "moe: this model has no experts; take one that has, or leave --kernel out",
+        ));
     }
     let all = all.seal();
     let run = |times: usize| -> Result<f64> {
         let start = Instant::now();
         (0..times).try_for_each(|_| device.run(&all))?;
         device.wait()?;
-        Ok(start.elapsed().as_secs_f64() / (times * layers) as f64)
+        Ok(start.elapsed().as_secs_f64() / times as f64)
     };
-    run(8)?; // busy first
-    let seconds = (0..rounds).map(|_| run(4)).collect::<Result<_>>()?;
+    // Busy first, and then long enough that the wait at the end does not count.
+    let (start, mut one) = (Instant::now(), run(1)?);
+    while start.elapsed().as_secs_f64() < BUSY_SECONDS {
+        one = run(4)?;
+    }
+    let times = (0.05 / one).ceil().clamp(1.0, 200.0) as usize;
+    let seconds = (0..rounds).map(|_| Ok(run(times)? / layers as f64)).collect::<Result<_>>()?;
     Ok(Moe { tokens: rows, seconds, bytes: bytes / layers as u64, experts: experts as f64 / layers as f64 })
+}
+
+/// How long a device is kept busy before anything is timed: idle clocks are slow clocks.
+const BUSY_SECONDS: f64 = 1.0;
+
+/// Decode for about a second.
+pub fn keep_busy(session: &mut Session) -> Result<()> {
+    let start = Instant::now();
+    while start.elapsed().as_secs_f64() < BUSY_SECONDS {
+        decode(session, 0, 0, 4)?;
+    }
+    Ok(())
+}
+
+/// Whether the device times single launches.
+///
+/// # Errors
+/// Where it has no clock.
+pub fn clock(device: &Arc<dyn Device>) -> Result<()> {
+    device.time(&Program::new(1, HostStages::default())).map(|_| ())
+}
+
+/// Roughly normal numbers, as a norm leaves them.
+fn noise(n: usize, seed: u64) -> Vec<f32> {
+    let mut state = (seed + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    let mut uniform = || {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (state >> 40) as f32 / (1 << 24) as f32 - 0.5
+    };
+    // The sum of four has a standard deviation of 0.577.
+    (0..n).map(|_| (uniform() + uniform() + uniform() + uniform()) * 1.732).collect()
 }
 
 /// Names of what a launch binds of a weight.
@@ -224,11 +273,17 @@ const WEIGHTS: [&str; 3] = ["codes", "scales", "row_scales"];
 /// # Errors
 /// Where the device has no clock.
 pub fn profile(engine: &Engine, depth: usize, rows: usize, rounds: usize) -> Result<Vec<Timed>> {
-    let mut batch = filled(engine, rows, depth)?;
-    batch.step()?;
-    let program = batch.program(depth as u32 + 2).clone();
     let device = engine.device();
-    let rounds = (0..rounds).map(|_| device.time(&program)).collect::<Result<Vec<_>>>()?;
+    clock(device)?;
+    let mut batch = filled(engine, rows, depth, 2)?;
+    let program = batch.begin()?;
+    device.run(&program)?;
+    let mut round = || {
+        // A step moves its rows on.
+        batch.begin()?;
+        device.time(&program)
+    };
+    let rounds = (0..rounds).map(|_| round()).collect::<Result<Vec<_>>>()?;
     let timed = program.launches.iter().enumerate().map(|(at, launch)| Timed {
         kernel: launch.kernel.name,
         bytes: bytes_of(&program, at, depth as u64),
@@ -237,10 +292,11 @@ pub fn profile(engine: &Engine, depth: usize, rows: usize, rounds: usize) -> Res
     Ok(timed.collect())
 }
 
-/// Sequences with prompts of `depth` tokens, at least one, that part at their first.
-fn filled(engine: &Engine, sequences: usize, depth: usize) -> Result<Batch> {
+/// Sequences with prompts of `depth` tokens, at least one, that part at their first, and room for `more` tokens of each.
+fn filled(engine: &Engine, sequences: usize, depth: usize, more: usize) -> Result<Batch> {
     let vocab = engine.config().vocab_size;
-    let mut batch = engine.batch(sequences)?;
+    // No more of the cache than is used: many sequences with the engine's whole context would not fit.
+    let mut batch = Batch::new(engine, sequences, depth.max(1) + more)?;
     for (sequence, first) in tokens(sequences, vocab).into_iter().enumerate() {
         let mut prompt = tokens(depth.max(1), vocab);
         prompt[0] = first;

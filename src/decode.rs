@@ -1,13 +1,40 @@
 //! Drawing on the device: the likeliest token of a step becomes the row of the next one there, the host submits ahead and
 //! reads behind.
 
-use crate::device::Later;
+use crate::device::{Device, Later};
 use crate::engine::{Session, write_rows};
 use crate::error::{Error, Result};
 use crate::ops::{Drawn, Row};
+use crate::program::{Program, Slice};
 use crate::sampler::Choice;
 use crate::tokenizer::TokenId;
-use std::collections::VecDeque;
+use std::collections::{HashMap, VecDeque};
+use std::sync::Arc;
+
+/// Programs of decode steps, by rows and reach: each is recorded once.
+#[derive(Debug, Default)]
+pub(crate) struct DecodePrograms(HashMap<(u32, u32), Program>);
+
+impl DecodePrograms {
+    /// The program over `rows` rows that see `reach` positions at most. `record` is told how many it should be good for.
+    pub(crate) fn get(&mut self, rows: u32, reach: u32, record: impl FnOnce(u32) -> Program) -> &Program {
+        // One program for all reaches of as many segments, so that few are recorded.
+        let reach = reach.max(128).next_power_of_two();
+        self.0.entry((rows, reach)).or_insert_with(|| record(reach).seal())
+    }
+}
+
+/// Run a program that draws a token for each of its rows into `drawn`, and ask for them without waiting.
+pub(crate) fn run_drawing(device: &Arc<dyn Device>, program: &Program, drawn: Slice) -> Result<Box<dyn Later>> {
+    device.run(program)?;
+    device.read_later(drawn.head(u64::from(program.tokens()) * size_of::<Drawn>() as u64))
+}
+
+/// Wait for the tokens that [`run_drawing`] asked for, a row's after the other.
+pub(crate) fn drawn(later: Box<dyn Later>) -> Result<Vec<Choice>> {
+    let bytes = later.get()?;
+    bytes.chunks_exact(size_of::<Drawn>()).map(|bytes| choice(&bytemuck::pod_read_unaligned(bytes))).collect()
+}
 
 /// Tokens that are being drawn.
 #[derive(Debug)]
@@ -27,8 +54,7 @@ impl Session {
         let device = self.engine.device().clone();
         // `draw` puts the token here and moves on by one position.
         write_rows(&device, s, &[Row { token: 0, sequence: 0, position: position as u32 - 1, pad: 0 }])?;
-        device.run(&self.engine.model().draw(1, s))?;
-        let under_way = VecDeque::from([device.read_later(s.drawn.head(size_of::<Drawn>() as u64))?]);
+        let under_way = VecDeque::from([run_drawing(&device, &self.engine.model().draw(1, s), s.drawn)?]);
         self.ahead = Some(Ahead { last: None, under_way, position });
         Ok(())
     }
@@ -40,18 +66,14 @@ impl Session {
         let mut ahead = self.ahead.take().expect("begin_drawing comes first");
         let wanted = 1 + more.min(device.ahead());
         while ahead.under_way.len() < wanted && (ahead.under_way.is_empty() || ahead.position < context) {
-            if ahead.position >= context {
-                let limit = self.engine.config().max_position_embeddings;
-                return Err(Error::ContextFull { context, tokens: ahead.position + 1, limit });
-            }
+            self.engine.check_room(context, ahead.position + 1)?;
             ahead.position += 1;
             self.written = self.written.max(ahead.position);
-            device.run(self.decode_program(1, ahead.position as u32))?;
-            ahead.under_way.push_back(device.read_later(self.state.drawn.head(size_of::<Drawn>() as u64))?);
+            let drawn = self.state.drawn;
+            let program = self.decode_program(1, ahead.position as u32);
+            ahead.under_way.push_back(run_drawing(&device, program, drawn)?);
         }
-        let bytes = ahead.under_way.pop_front().expect("one was asked for").get()?;
-        let drawn: Drawn = bytemuck::pod_read_unaligned(&bytes);
-        let choice = choice(&drawn)?;
+        let choice = drawn(ahead.under_way.pop_front().expect("one was asked for"))?.remove(0);
         // The step that gave this token held the one before it.
         self.tokens.extend(ahead.last.replace(choice.id));
         self.ahead = Some(ahead);
@@ -60,7 +82,7 @@ impl Session {
 }
 
 /// The token of a row, or why there is none.
-pub(crate) fn choice(drawn: &Drawn) -> Result<Choice> {
+fn choice(drawn: &Drawn) -> Result<Choice> {
     let refuse = |what: &str| Err(Error::Device(format!("the logits {what}: a kernel or the checkpoint is at fault")));
     if drawn.bad != 0 {
         return refuse("contain NaN or infinity");

@@ -1,8 +1,9 @@
 //! The engine (weights on a device, shared, never changed) and its sessions (tokens, cache, the decode loop).
 
+use crate::batch::Batch;
 use crate::checkpoint::{Mapping, ScaleOrder};
 use crate::config::{Config, GenerationConfig};
-use crate::decode::Ahead;
+use crate::decode::{Ahead, DecodePrograms};
 use crate::device::{self, Buffer, Device, cpu::Cpu, gpu};
 use crate::error::{Error, Result};
 use crate::model::{Found, Model, Needs, Plan, Progress, State};
@@ -12,7 +13,6 @@ use crate::program::{HostStages, Program, Role, Slice, Stage};
 use crate::reply::{Reply, ReplyOptions};
 use crate::synth;
 use crate::tokenizer::{ChatFormat, Text, TokenId, Tokenizer};
-use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -266,16 +266,6 @@ impl Engine {
         self.inner.fallback.as_deref()
     }
 
-    /// Most prompt tokens in one step.
-    pub(crate) fn chunk(&self) -> usize {
-        self.inner.plan.chunk as usize
-    }
-
-    /// Buffers for so many sequences.
-    pub(crate) fn new_state(&self, sequences: u32) -> Result<State> {
-        self.inner.model.state(&self.inner.device, &Plan { sequences, ..self.inner.plan })
-    }
-
     pub(crate) fn model(&self) -> &Model {
         &self.inner.model
     }
@@ -305,6 +295,31 @@ impl Engine {
         self.inner.chat.as_ref().ok_or_else(missing)
     }
 
+    /// How the model was loaded, and sizes of a conversation's buffers.
+    pub(crate) fn plan(&self) -> &Plan {
+        &self.inner.plan
+    }
+
+    /// All are tokens of the model.
+    pub(crate) fn check_ids(&self, tokens: &[TokenId]) -> Result<()> {
+        let vocab = self.config().vocab_size;
+        match tokens.iter().find(|id| **id as usize >= vocab) {
+            Some(id) => Err(Error::option("tokens", format!("{id} is not a token: the model has {vocab}"))),
+            None => Ok(()),
+        }
+    }
+
+    /// A context of so many positions holds so many tokens.
+    pub(crate) fn check_room(&self, context: usize, tokens: usize) -> Result<()> {
+        let limit = self.config().max_position_embeddings;
+        if tokens > context { Err(Error::ContextFull { context, tokens, limit }) } else { Ok(()) }
+    }
+
+    /// Several sequences that are decoded together, a token of each in a step.
+    pub fn batch(&self, sequences: usize) -> Result<Batch> {
+        Batch::new(self, sequences, self.context())
+    }
+
     /// A new conversation with a cache of its own.
     pub fn session(&self) -> Result<Session> {
         self.session_with(None)
@@ -330,7 +345,7 @@ impl Engine {
             engine: self.clone(),
             state,
             programs,
-            decode: HashMap::new(),
+            decode: DecodePrograms::default(),
             ahead: None,
             tokens: Vec::new(),
             written: 0,
@@ -366,8 +381,7 @@ pub struct Session {
     pub(crate) engine: Engine,
     pub(crate) state: State,
     programs: Programs,
-    /// Programs of decode steps, by rows and reach.
-    decode: HashMap<(u32, u32), Program>,
+    decode: DecodePrograms,
     /// Tokens that are being drawn on the device.
     pub(crate) ahead: Option<Ahead>,
     pub(crate) tokens: Vec<TokenId>,
@@ -595,7 +609,6 @@ impl Session {
     }
 
     pub(crate) fn check(&self, tokens: &[TokenId]) -> Result<()> {
-        let (context, vocab) = (self.engine.context(), self.engine.config().vocab_size);
         if self.engine.activations() == Activations::Nvfp4Dynamic && tokens.len() > 1 {
             let chunk = self.chunk();
             if !self.tokens.is_empty() || tokens.len() > chunk {
@@ -608,15 +621,8 @@ impl Session {
                 return Err(Error::option("activations", reason));
             }
         }
-        if let Some(id) = tokens.iter().find(|id| **id as usize >= vocab) {
-            return Err(Error::option("tokens", format!("{id} is not a token: the model has {vocab}")));
-        }
-        let needed = self.tokens.len() + tokens.len();
-        if needed > context {
-            let limit = self.engine.config().max_position_embeddings;
-            return Err(Error::ContextFull { context, tokens: needed, limit });
-        }
-        Ok(())
+        self.engine.check_ids(tokens)?;
+        self.engine.check_room(self.engine.context(), self.tokens.len() + tokens.len())
     }
 
     /// Tell the device which tokens the next step is over.
@@ -719,12 +725,8 @@ impl Session {
 
     /// The program of a decode step over `rows` rows that see `reach` positions at most.
     pub(crate) fn decode_program(&mut self, rows: u32, reach: u32) -> &Program {
-        // One program for all reaches of as many segments, so that few are recorded.
-        let reach = reach.max(128).next_power_of_two();
-        let (inner, state, edit) = (&self.engine.inner, &self.state, self.edit.as_ref());
-        self.decode
-            .entry((rows, reach))
-            .or_insert_with(|| edited(inner.model.decode(rows, reach, edit.is_some(), state), edit).seal())
+        let (model, state, edit) = (&self.engine.inner.model, &self.state, self.edit.as_ref());
+        self.decode.get(rows, reach, |reach| edited(model.decode(rows, reach, edit.is_some(), state), edit))
     }
 
     /// One decode step over at most `max_picks` tokens.

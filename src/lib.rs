@@ -12,7 +12,7 @@
 //! # Ok::<(), fourfold::Error>(())
 //! ```
 //!
-//! An [`Engine`] holds a model's weights on a device; a [`Session`] holds one conversation. Both are `Send`, and nothing
+//! An [`Engine`] holds a model's weights on a device; a [`Session`] holds one conversation, a [`Batch`] several sequences that are decoded together. All are `Send`, and nothing
 //! is global: several engines live in one process without seeing each other. Families are gpt_oss, qwen3_moe, qwen3 and
 //! llama; linears are bf16, FP8, MXFP4 or NVFP4, each as its checkpoint has it, and [`Activations`] says whether NVFP4
 //! weights meet f32 rows (W4A16) or quantised ones (W4A4).

@@ -79,7 +79,13 @@ pub fn small_binding_gpu(bytes: u64) -> Option<Arc<dyn Device>> {
     gpu()?;
     let adapter = std::env::var("FOURFOLD_TEST_ADAPTER").ok();
     let pipeline_cache = gpu::PipelineCache::Off;
-    let options = gpu::Options { adapter, max_binding_bytes: Some(bytes), pipeline_cache, ..Default::default() };
+    let options = gpu::Options {
+        adapter,
+        max_binding_bytes: Some(bytes),
+        pipeline_cache,
+        without_matrix_units: true,
+        ..Default::default()
+    };
     Some(Arc::new(Gpu::open(&options).expect("it opened before")))
 }
 

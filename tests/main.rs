@@ -2,6 +2,8 @@
 
 mod harness; // device or visible failure, inputs, comparison (itself tested)
 
+mod batch; // several sequences in one step: the tokens and bits of each alone
+mod bench; // `fourfold bench`: JSON, charts, bad flags
 mod checkpoint; // malformed files: every one a clear error, in time, with no panic
 mod cli; // the binary as a user meets it
 mod engine; // sessions: chunks, reuse, cutting back, cancelling, errors, several engines on one device

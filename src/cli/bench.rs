@@ -43,7 +43,7 @@ pub(super) struct Args {
     #[arg(long, value_name = "N,...", value_delimiter = ',', default_value = "64", value_parser = at_least_one)]
     tokens: Vec<usize>,
     /// Measure this alone; moe: the router, experts and weighted sum of a layer, one layer after the other
-    #[arg(long, value_name = "KERNEL")]
+    #[arg(long, value_name = "KERNEL", conflicts_with_all = ["prefill", "depth", "batch"])]
     kernel: Option<Kernel>,
     /// With --kernel: the kernels of decoding, or those of prompts
     #[arg(long, value_name = "ROLE", requires = "kernel", default_value = "decode")]
@@ -51,7 +51,7 @@ pub(super) struct Args {
     /// Time every launch of a step on the device
     #[arg(long, conflicts_with = "kernel")]
     profile: bool,
-    /// Draw the figures into this file, .svg
+    /// Draw the figures into this file, .svg or .html
     #[arg(long, value_name = "FILE")]
     chart: Option<PathBuf>,
     /// Print one JSON object
@@ -131,8 +131,8 @@ impl Figure {
 }
 
 pub(super) fn bench(args: &Args) -> anyhow::Result<Ending> {
-    if args.chart.as_ref().is_some_and(|file| file.extension().is_none_or(|end| end != "svg")) {
-        return Err(Usage("--chart: the file's name should end in .svg".into()).into());
+    if args.chart.as_ref().is_some_and(|file| file.extension().is_none_or(|end| end != "svg" && end != "html")) {
+        return Err(Usage("--chart: the file's name should end in .svg or .html".into()).into());
     }
     if args.kernel.is_none() && args.tokens.len() > 1 {
         return Err(Usage("--tokens: several numbers go with --kernel; decoding takes one".into()).into());
@@ -150,7 +150,9 @@ pub(super) fn bench(args: &Args) -> anyhow::Result<Ending> {
         None => steps(args, &engine)?,
     };
     let mut profiles = Vec::new();
-    for &rows in args.batch.iter().filter(|_| args.profile) {
+    // A device without a clock has no profile, and all else.
+    let no_profile = bench::clock(engine.device()).err().filter(|_| args.profile).map(|e| e.to_string());
+    for &rows in args.batch.iter().filter(|_| args.profile && no_profile.is_none()) {
         profiles.push((rows, bench::profile(&engine, args.depth.first().copied().unwrap_or(0), rows, 9)?));
     }
     let read = ceiling.as_ref().ok().copied();
@@ -159,7 +161,9 @@ pub(super) fn bench(args: &Args) -> anyhow::Result<Ending> {
         let steps = profiles.iter().map(|(rows, timed)| (format!("a step of {rows}"), by_kernel(timed)));
         let bars = figures.iter().map(|f| (f.what.clone(), f.rate(), f.floor(read).map(|s| f.tokens as f64 / s)));
         let svg = chart::svg(&title, &bars.collect::<Vec<_>>(), &steps.collect::<Vec<_>>());
-        std::fs::write(file, svg).map_err(|e| Usage(format!("--chart {}: {e}", file.display())))?;
+        let is_page = file.extension().is_some_and(|end| end == "html");
+        let chart = if is_page { chart::page(&title, &svg) } else { svg };
+        std::fs::write(file, chart).map_err(|e| Usage(format!("--chart {}: {e}", file.display())))?;
     }
     let mut out = io::stdout().lock();
     if args.json {
@@ -169,6 +173,7 @@ pub(super) fn bench(args: &Args) -> anyhow::Result<Ending> {
         };
         let report = json!({ "model": engine.name(), "device": engine.device().describe(),
             "driver": engine.device().driver(), "read_bytes_per_second": read,
+            "no_floor": ceiling.as_ref().err().map(ToString::to_string), "no_profile": no_profile,
             "figures": figures.iter().map(|f| f.json(read)).collect::<Vec<_>>(),
             "profiles": profiles.iter().map(launches).collect::<Vec<_>>() });
         writeln!(out, "{report}")?;
@@ -185,6 +190,9 @@ pub(super) fn bench(args: &Args) -> anyhow::Result<Ending> {
     let rows: Vec<_> = figures.iter().map(|f| f.row(read)).collect();
     let head = ["what", ">tokens/s", ">median", ">least to most", ">GB/s", "of the floor"];
     terminal::table(&mut out, paint, &head, &rows)?;
+    if let Some(why) = no_profile {
+        writeln!(out, "\nno profile: {why}")?;
+    }
     for (rows, timed) in &profiles {
         writeln!(out, "\nA step of {rows}:")?;
         let head = ["kernel", ">launches", ">µs", ">share", ">MB", ">GB/s"];
@@ -203,8 +211,7 @@ fn ceiling(device: &Arc<dyn Device>) -> fourfold::Result<f64> {
 fn steps(args: &Args, engine: &fourfold::Engine) -> anyhow::Result<Measured> {
     let mut session = engine.session()?;
     let count = args.tokens[0];
-    // Busy for a while first: idle clocks are slow clocks.
-    bench::decode(&mut session, 0, 0, count)?;
+    bench::keep_busy(&mut session)?;
     let ceiling = ceiling(engine.device());
     let mut figures = Vec::new();
     for &length in &args.prefill {
@@ -231,7 +238,7 @@ fn steps(args: &Args, engine: &fourfold::Engine) -> anyhow::Result<Measured> {
 /// The experts of a layer alone.
 fn experts(args: &Args, engine: &fourfold::Engine) -> anyhow::Result<Measured> {
     let prompt = args.role == RoleArg::Prompt;
-    bench::moe(engine, 1, prompt, 8)?;
+    bench::moe(engine, args.tokens[0], prompt, 1)?; // busy first
     let ceiling = ceiling(engine.device());
     let mut figures = Vec::new();
     for &rows in &args.tokens {

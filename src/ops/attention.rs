@@ -176,10 +176,14 @@ impl Attention {
         for t in self.first as usize..(self.first + self.rows) as usize {
             for head in 0..h {
                 let sink = sinks.get(head).map_or(f64::NEG_INFINITY, |s| s.to_f64());
-                let (m, mut total, sums) = self.over(seen, t, head, self.visible(&seen.rows[t]), sink);
-                total += (sink - m).exp();
+                // Rounded to f32 as a segment is: a row has the same bits whether or not its step has segments.
+                let (m, total, sums) = self.over(seen, t, head, self.visible(&seen.rows[t]), f64::NEG_INFINITY);
+                let (m, total) = (f64::from(m as f32), f64::from(total as f32));
+                let top = sink.max(m);
+                let weight = (m - top).exp();
+                let total = (sink - top).exp() + weight * total;
                 for (i, sum) in sums.iter().enumerate() {
-                    a[(t * h + head) * dh + i] = (sum / total) as f32;
+                    a[(t * h + head) * dh + i] = (weight * f64::from(*sum as f32) / total) as f32;
                 }
             }
         }

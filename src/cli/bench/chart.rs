@@ -8,6 +8,16 @@ const LABEL: f64 = 300.0;
 const LINE: f64 = 30.0;
 const BAR: f64 = 420.0;
 
+/// The picture as a page that needs nothing else.
+pub(super) fn page(title: &str, svg: &str) -> String {
+    let title = escaped(title);
+    format!(
+        "<!doctype html>\n<html lang=\"en\">\n<head><meta charset=\"utf-8\"/><title>{title}</title>\n\
+         <style>:root {{ color-scheme: light dark }} body {{ margin: 20px }} svg {{ max-width: 100%; height: auto }}</style></head>\n\
+         <body>\n{svg}</body>\n</html>\n"
+    )
+}
+
 /// Bars of tokens a second, each with its floor's where there is one, and of what a step's time goes to.
 pub(super) fn svg(title: &str, figures: &[(String, f64, Option<f64>)], steps: &[(String, Vec<Kind>)]) -> String {
     let lines = figures.len() + steps.iter().map(|(_, kinds)| kinds.len() + 2).sum::<usize>() + 4;
@@ -50,8 +60,12 @@ pub(super) fn svg(title: &str, figures: &[(String, f64, Option<f64>)], steps: &[
 }
 
 fn text(out: &mut String, x: f64, y: f64, text: &str) {
-    let text = text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;");
+    let text = escaped(text);
     writeln!(out, "<text x=\"{x}\" y=\"{y}\">{text}</text>").expect("a string takes everything");
+}
+
+fn escaped(text: &str) -> String {
+    text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;")
 }
 
 fn bar(out: &mut String, class: &str, y: f64, share: f64) {

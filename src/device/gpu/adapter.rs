@@ -143,7 +143,7 @@ fn has_matrix_units(adapter: &wgpu::Adapter) -> bool {
 
 #[allow(unsafe_code, reason = "wgpu asks for a promise before it gives out what it still works on")]
 fn experimental() -> wgpu::ExperimentalFeatures {
-    // SAFETY: only cooperative matrices are asked for, in kernels of ours that the tests hold to their twins; the start-up
-    // check runs them before a model does.
+    // SAFETY: only cooperative matrices are asked for, in kernels of ours that the tests hold to their twins where an adapter
+    // has them.
     unsafe { wgpu::ExperimentalFeatures::enabled() }
 }

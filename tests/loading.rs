@@ -255,7 +255,11 @@ fn compiled_pipelines_are_kept_and_damaged_ones_ignored() {
     let _ = std::fs::remove_dir_all(&dir.0);
     let open = || {
         let pipeline_cache = PipelineCache::Folder(dir.0.clone());
-        let DeviceChoice::Gpu(options) = choice(Options { pipeline_cache, without_matrix_units: true, ..Options::default() }) else { panic!() };
+        let DeviceChoice::Gpu(options) =
+            choice(Options { pipeline_cache, without_matrix_units: true, ..Options::default() })
+        else {
+            panic!()
+        };
         Arc::new(Gpu::open(&options).unwrap())
     };
     let run = |device: Arc<dyn Device>| -> Vec<u32> {

@@ -34,10 +34,6 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     let n0 = (group.y * 8u + lane / LANES) * ROWS;
     var sums: array<f32, ROWS * TOKENS>;
     let c = lane % LANES;
-    var next: array<Stored, ROWS>;
-    for (var r = 0u; r < ROWS && TOKENS > 1u; r++) {
-        next[r] = stored_at(min(n0 + r, COUNT - 1u), K / 16u, min(c, K / 16u - 1u));
-    }
     for (var base = 0u; base < K / 16u; base += LANES) {
         // Past the end the last chunk again, for nothing; so it is with rows of weights and tokens.
         let i = min(base + c, K / 16u - 1u);
@@ -50,11 +46,9 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
             }
             continue;
         }
-        // The next chunks are on their way while these are multiplied.
         var w: array<Sixteen, ROWS>;
         for (var r = 0u; r < ROWS; r++) {
-            w[r] = opened(next[r]);
-            next[r] = stored_at(min(n0 + r, COUNT - 1u), K / 16u, min(i + LANES, K / 16u - 1u));
+            w[r] = weight_at(min(n0 + r, COUNT - 1u), K / 16u, i);
         }
         // Each group of LANES brings the rows of the tokens that it counts off.
         for (var j = lane / LANES; j < TOKENS; j += 8u) {

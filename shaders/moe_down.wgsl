@@ -42,10 +42,6 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     }
     var sums: array<f32, ROWS * TOKENS>;
     let c = lane % LANES;
-    var next: array<Stored, ROWS>;
-    for (var r = 0u; r < ROWS && TOKENS > 1u; r++) {
-        next[r] = stored_at(base + min(d0 + r, D - 1u), K / 16u, min(c, K / 16u - 1u));
-    }
     for (var start = 0u; start < K / 16u; start += LANES) {
         // Past the end the last chunk again, for nothing; so it is with rows of weights.
         let i = min(start + c, K / 16u - 1u);
@@ -58,11 +54,9 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
             }
             continue;
         }
-        // The next chunks are on their way while these are multiplied.
         var w: array<Sixteen, ROWS>;
         for (var r = 0u; r < ROWS; r++) {
-            w[r] = opened(next[r]);
-            next[r] = stored_at(base + min(d0 + r, D - 1u), K / 16u, min(i + LANES, K / 16u - 1u));
+            w[r] = weight_at(base + min(d0 + r, D - 1u), K / 16u, i);
         }
         // Each group of LANES brings the rows of the routes that it counts off.
         for (var j = lane / LANES; j < count; j += 8u) {

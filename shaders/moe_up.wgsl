@@ -49,11 +49,6 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     // Rows 2r and 2r + 1 are gate and up of output r.
     var sums: array<f32, ROWS * TOKENS>;
     let c = lane % LANES;
-    var next: array<Stored, ROWS>;
-    for (var r = 0u; r < ROWS && TOKENS > 1u; r++) {
-        let row = base + min(f0 + r / 2u, F - 1u) * STRIDE + r % 2u * UP;
-        next[r] = stored_at(row, K / 16u, min(c, K / 16u - 1u));
-    }
     for (var start = 0u; start < K / 16u; start += LANES) {
         // Past the end the last chunk again, for nothing; so it is with outputs.
         let i = min(start + c, K / 16u - 1u);
@@ -68,12 +63,9 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
             }
             continue;
         }
-        // The next chunks are on their way while these are multiplied.
         var w: array<Sixteen, ROWS>;
         for (var r = 0u; r < ROWS; r++) {
-            let row = base + min(f0 + r / 2u, F - 1u) * STRIDE + r % 2u * UP;
-            w[r] = opened(next[r]);
-            next[r] = stored_at(row, K / 16u, min(i + LANES, K / 16u - 1u));
+            w[r] = weight_at(base + min(f0 + r / 2u, F - 1u) * STRIDE + r % 2u * UP, K / 16u, i);
         }
         // Each group of LANES brings the rows of the routes that it counts off.
         for (var j = lane / LANES; j < count; j += 8u) {

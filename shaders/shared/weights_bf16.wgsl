@@ -5,16 +5,12 @@
 
 const WEIGHT_UNIT = 1.0;
 
-// Elements 16i..16i+16 of a row of K = 16 chunks elements.
-fn weight_at(row: u32, chunks: u32, i: u32) -> Sixteen {
-    return opened(stored_at(row, chunks, i));
-}
-
 struct Stored {
     lower: vec4<u32>,
     upper: vec4<u32>,
 }
 
+// Elements 16i..16i+16 of a row of K = 16 chunks elements, as they are stored: kernels may fetch them early.
 fn stored_at(row: u32, chunks: u32, i: u32) -> Stored {
     let at = (row * chunks + i) * 2u;
     return Stored(codes[at], codes[at + 1u]);

@@ -13,16 +13,12 @@ fn e8m0(code: u32) -> f32 {
     return bitcast<f32>(max(code << 23u, 0x00400000u));
 }
 
-// Elements 16i..16i+16 of a row of K = 16 chunks elements.
-fn weight_at(row: u32, chunks: u32, i: u32) -> Sixteen {
-    return opened(stored_at(row, chunks, i));
-}
-
 struct Stored {
     codes: vec2<u32>,
     scale: u32, // in the low byte
 }
 
+// Elements 16i..16i+16 of a row of K = 16 chunks elements, as they are stored: kernels may fetch them early.
 fn stored_at(row: u32, chunks: u32, i: u32) -> Stored {
     let block = row * (chunks / 2u) + i / 2u;
     return Stored(codes[row * chunks + i], scales[block / 4u] >> ((block % 4u) * 8u));

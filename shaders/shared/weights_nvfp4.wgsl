@@ -9,16 +9,12 @@
 
 const WEIGHT_UNIT = E2M1_UNIT;
 
-// Elements 16i..16i+16 of a row of K = 16 chunks elements.
-fn weight_at(row: u32, chunks: u32, i: u32) -> Sixteen {
-    return opened(stored_at(row, chunks, i));
-}
-
 struct Stored {
     codes: vec2<u32>,
     scale: u32, // in the low byte
 }
 
+// Elements 16i..16i+16 of a row of K = 16 chunks elements, as they are stored: kernels may fetch them early.
 fn stored_at(row: u32, chunks: u32, i: u32) -> Stored {
     let block = row * chunks + i;
     return Stored(codes[block], scales[block / 4u] >> ((block % 4u) * 8u));

@@ -10,31 +10,24 @@
 // slots     lanes, reduce
 // requires  D a multiple of 4
 // twin      src/ops/rms_norm.rs
-#import lanes
 #import norm
 #import bf16
 override D: u32;
-override EPS: f32;
-const WG = LANES * 8u; // many lanes, since one row is all there is to do
 @group(0) @binding(0) var<storage, read> x: array<vec4<f32>>;
 @group(0) @binding(1) var<storage, read> g: array<vec2<u32>>;
 @group(0) @binding(2) var<storage, read_write> y: array<vec4<f32>>;
 
-@compute @workgroup_size(WG)
+@compute @workgroup_size(LANES * WARPS)
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) lane: u32) {
     let row = group.x * (D / 4u);
     var share = 0.0;
-    for (var n = 0u; n * WG < D / 4u; n++) { // as often for every lane, so that all is loaded at once
-        let i = n * WG + lane;
-        if i < D / 4u {
-            share = squares(x[row + i], share);
+    for (var i = lane * 4u; i < D / 4u; i += LANES * WARPS * 4u) {
+        for (var q = i; q < min(i + 4u, D / 4u); q++) {
+            share = squares(x[row + q], share);
         }
     }
-    let scale = inverse_rms(share, lane);
-    for (var n = 0u; n * WG < D / 4u; n++) {
-        let i = n * WG + lane;
-        if i < D / 4u {
-            y[row + i] = x[row + i] * scale * bf16x4(g[i].x, g[i].y);
-        }
+    let scale = inverse_rms(share, D, lane);
+    for (var i = lane; i < D / 4u; i += LANES * WARPS) {
+        y[row + i] = x[row + i] * scale * bf16x4(g[i].x, g[i].y);
     }
 }

@@ -33,7 +33,9 @@ pub(crate) const GLU: Slot = Slot { name: "glu", fillings: &["glu_clamped", "glu
 /// What is added to the residual stream: rows, or the weighted sum of routes.
 pub(crate) const ADDEND: Slot = Slot { name: "addend", fillings: &["addend_rows", "addend_routes"] };
 /// Routes of a tile of `group`.
-pub(crate) const TILES: Slot = Slot { name: "tiles", fillings: &["tiles_8", "tiles_64"] };
+pub(crate) const TILES: Slot = Slot { name: "tiles", fillings: &["tiles_2", "tiles_4", "tiles_64"] };
+/// The same without matrix units.
+pub(crate) const ROUTE_TILES: Slot = Slot { name: "tiles", fillings: &["tiles_2", "tiles_4"] };
 /// What attention over some keys leaves: the result, or a segment's part of it.
 pub(crate) const RESULT: Slot = Slot { name: "result", fillings: &["result_whole", "result_segment"] };
 /// A learned score that takes attention from the keys, or none.
@@ -49,12 +51,19 @@ pub(crate) const E2M1: Slot = Slot { name: "e2m1", fillings: &["e2m1_half", "e2m
 pub(crate) const LANES: Slot = Slot { name: "lanes", fillings: &["lanes_8", "lanes_32"] };
 /// The sum of those lanes; the adapter decides.
 pub(crate) const REDUCE: Slot = Slot { name: "reduce", fillings: &["reduce_subgroup", "reduce_shared"] };
-/// Tokens and rows of weights that a lane carries.
-pub(crate) const TILE: Slot = Slot { name: "tile", fillings: &["tile_1", "tile_8", "tile_8x4"] };
-/// The same for experts.
-pub(crate) const EXPERT_TILE: Slot = Slot { name: "tile", fillings: &["tile_1x2", "tile_8", "tile_8x4"] };
+/// The sums of several numbers over those lanes; the adapter decides.
+pub(crate) const FOLD: Slot = Slot { name: "fold", fillings: &["fold_subgroup", "fold_shared"] };
+/// Rows of inputs of a workgroup, and rows of weights that pass at a time.
+pub(crate) const TILE: Slot = Slot { name: "tile", fillings: &["tile_1x2", "tile_1x8", "tile_2x4", "tile_4x2"] };
 /// The routes that a workgroup carries.
 pub(crate) const ROUTES: Slot = Slot { name: "routes", fillings: &["routes_each", "routes_grouped"] };
+/// The same where they may not be chosen yet.
+pub(crate) const UP_ROUTES: Slot =
+    Slot { name: "routes", fillings: &["routes_each", "routes_grouped", "routes_chosen"] };
+/// Input that is made on the way.
+pub(crate) const ADDED_INPUT: Slot = Slot { name: "input", fillings: &["input_added"] };
+/// Where a row of a linear layer goes.
+pub(crate) const OUTPUT: Slot = Slot { name: "output", fillings: &["output_rows", "output_rotated"] };
 /// The cache's format, read.
 pub(crate) const CACHE: Slot = Slot { name: "cache", fillings: &["cache_f32", "cache_bf16"] };
 /// The cache's format, written.
@@ -82,6 +91,7 @@ shared!(
     "bias_none",
     "cache_bf16",
     "cache_f32",
+    "choose",
     "divide",
     "dot16",
     "dynamic_scale",
@@ -89,34 +99,43 @@ shared!(
     "e2m1_table",
     "e4m3",
     "exp",
+    "fold_shared",
+    "fold_subgroup",
     "glu_clamped",
     "glu_silu",
+    "input_added",
     "input_f32",
     "input_nvfp4",
     "lanes_32",
     "lanes_8",
     "matrix",
     "norm",
+    "output_rotated",
+    "output_rows",
     "pages",
     "reduce_shared",
     "reduce_subgroup",
     "result_segment",
     "result_whole",
+    "rotate",
+    "routes_chosen",
     "routes_each",
     "routes_grouped",
+    "products",
     "row",
-    "rows",
     "segments",
     "sink_bf16",
     "sink_none",
     "sixteen",
     "step",
-    "tile_1",
     "tile_1x2",
-    "tile_8",
-    "tile_8x4",
+    "tile_1x8",
+    "tile_2x4",
+    "tile_4x2",
+    "tiles_2",
+    "tiles_4",
     "tiles_64",
-    "tiles_8",
+    "warps",
     "weights_bf16",
     "weights_fp8",
     "weights_fp8_blocks",

@@ -213,7 +213,10 @@ impl Planter {
                 let ones = routes(filled("ones", slice(&scatter, "weights"), 1.0));
                 let own = routes(slice(&scatter, "weights"));
                 let mut more = Program::new(p.tokens(), HostStages::default());
-                for (sign, to, sum, routes) in [("plus", "b", "sum b", ones), ("minus", "-b", "sum -b", own)] {
+                let between = filled("between", delta, 0.0);
+                let steps =
+                    [("plus", "b", "sum b", ones, [delta, between]), ("minus", "-b", "sum -b", own, [between, delta])];
+                for (sign, to, sum, routes, [from, total]) in steps {
                     let mut biases = p.launches[down].clone();
                     bind(&mut biases, "x", zeros);
                     bind(&mut biases, "y", filled(to, y, 0.0));
@@ -229,7 +232,7 @@ impl Planter {
                     more.launches.push(biases);
                     let (b, sum) = (filled(to, y, 0.0), filled(sum, delta, 0.0));
                     more.moe_scatter(fourfold::ops::MoeScatter { a: 4, d: 128 }, routes, b, sum);
-                    more.add(128, sum, delta);
+                    more.add(128, from, sum, total);
                 }
                 p.replace(at, [vec![scatter], more.launches].concat());
             }

@@ -3,6 +3,7 @@
 
 mod attention;
 mod draw;
+mod fused;
 mod group;
 mod matrix;
 
@@ -526,10 +527,10 @@ fn add_and_take() {
     let (t, d) = (5, 67);
     check("add", 0.0, |b| {
         let mut random = Random(9);
-        let (y, x) = (b.input(&random.f32s(t * d)), b.guarded(&random.f32s(t * d)));
+        let (x, y, sum) = (b.input(&random.f32s(t * d)), b.input(&random.f32s(t * d)), b.output(t * d));
         let mut p = program(t);
-        p.add(d as u32, y, x);
-        (p, vec![x])
+        p.add(d as u32, x, y, sum);
+        (p, vec![sum])
     });
     check("take", 0.0, |b| {
         let mut random = Random(10);

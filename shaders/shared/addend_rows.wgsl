@@ -1,7 +1,7 @@
 // Fills slot `addend`: rows as they are, [T, D].
-@group(0) @binding(3) var<storage, read> y: array<vec4<f32>>;
+@group(0) @binding(9) var<storage, read> addends: array<vec4<f32>>;
 
 // Elements 4i..4i+4 of a row of 4 quads elements.
 fn addend(t: u32, i: u32, quads: u32) -> vec4<f32> {
-    return y[t * quads + i];
+    return addends[t * quads + i];
 }

@@ -1,19 +1,22 @@
-// norm: one over the root mean square of a row, from each lane's share of the sum of squares. Every lane of a workgroup of
-// 8 LANES must call it, and more than once only with a barrier between.
+// norm: one over the root mean square of a row of WIDTH elements, whose sixteens lanes take in turn: element 16i..16i+16 is
+// lane i's, then lane i + LANES WARPS's. Every lane of a workgroup of LANES WARPS must call `inverse_rms` with its share of
+// the sum of squares, and more than once only with a barrier between.
+#import warps
 #import reduce
+override EPS: f32;
 var<workgroup> norm_parts: array<f32, 8>;
 
-fn inverse_rms(share: f32, lane: u32) -> f32 {
+fn inverse_rms(share: f32, width: u32, lane: u32) -> f32 {
     let part = reduce(share, lane);
     if lane % LANES == 0u {
         norm_parts[lane / LANES] = part;
     }
-    workgroupBarrier(); // all eight parts are there
+    workgroupBarrier(); // all parts are there
     var sum = 0.0;
-    for (var i = 0u; i < 8u; i++) {
+    for (var i = 0u; i < WARPS; i++) {
         sum += norm_parts[i];
     }
-    return 1.0 / sqrt(sum / f32(D) + EPS);
+    return 1.0 / sqrt(sum / f32(width) + EPS);
 }
 
 fn squares(v: vec4<f32>, sum: f32) -> f32 {

@@ -1,7 +1,7 @@
 // Fills slot `routes`: a workgroup carries one route.
 @group(0) @binding(5) var<storage, read> experts: array<u32>; // [T, A]
 
-fn expert_of(tile: u32) -> u32 {
+fn expert_of(tile: u32, lane: u32, first: bool) -> u32 {
     return experts[tile];
 }
 

@@ -1,3 +1,4 @@
-// Fills slot `tile`: one token and two rows of weights a lane, which share what is read of the token's row.
+// Fills slot `tile`: one token, and two rows of weights at a time.
 const TOKENS = 1u;
-const ROWS = 2u;
+const BATCH = 2u;
+const VALUES = TOKENS * BATCH;

@@ -18,7 +18,12 @@ pub struct Cpu {
 
 impl Default for Cpu {
     fn default() -> Self {
-        Self::with_limits(Limits { max_binding_bytes: u64::MAX, max_grid: u32::MAX, matrix: false })
+        Self::with_limits(Limits {
+            max_binding_bytes: u64::MAX,
+            max_grid: u32::MAX,
+            max_storage_buffers: u32::MAX,
+            matrix: false,
+        })
     }
 }
 

@@ -123,6 +123,8 @@ pub struct Limits {
     pub max_binding_bytes: u64,
     /// Largest number of workgroups in one dimension of a grid.
     pub max_grid: u32,
+    /// Storage buffers that a kernel can bind.
+    pub max_storage_buffers: u32,
     /// Whether kernels with matrix units run here: 16 x 16 x 16 halves, added in f32.
     pub matrix: bool,
 }

@@ -363,6 +363,8 @@ impl Session {
         let (device, s) = (&inner.device, &self.state);
         let first = self.tokens.len();
         let count = tokens.len() as u32;
+        // Whoever looks wants every stage; the parts of what is fused have its bits.
+        let in_parts = self.edit.is_some() || watch.is_some();
         let stats = &mut self.stats;
         let mut run = |program: &Program| match &mut watch {
             None => device.run(program),
@@ -370,10 +372,10 @@ impl Session {
         };
         // Written first: if the step fails half-way, its positions may hold anything.
         self.written = self.written.max(first + tokens.len());
-        if count == 1 {
+        if count == 1 && !in_parts {
             run(&self.programs.body)?;
         } else {
-            let program = inner.model.body(count, Role::Prompt, self.edit.is_some(), s);
+            let program = inner.model.body(count, Role::Prompt, in_parts, s);
             run(&edited(program, self.edit.as_ref()))?;
         }
         let picks: Vec<u32> = match want {
@@ -422,12 +424,15 @@ impl Session {
         self.write_rows(tokens)?;
         let (first, count) = (self.tokens.len(), tokens.len());
         self.written = self.written.max(first + count);
-        let program = self.decode_program(count as u32, (first + count) as u32).clone();
-        let device = &self.engine.inner.device;
+        let (rows, reach, device) = (count as u32, (first + count) as u32, self.engine.inner.device.clone());
         match watch {
-            None => device.run(&program)?,
-            Some(watch) => run_watched(device, &program, watch, &mut self.stats)?,
+            None => device.run(self.decode_program(rows, reach))?,
+            Some(watch) => {
+                let program = self.engine.inner.model.decode(rows, reach, true, &self.state);
+                run_watched(&device, &edited(program, self.edit.as_ref()), watch, &mut self.stats)?;
+            }
         }
+        let device = &device;
         let vocab = self.engine.config().vocab_size;
         let wanted = match want {
             Want::Nothing | Want::Logits => 0..0,

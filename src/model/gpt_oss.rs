@@ -4,7 +4,7 @@
 //! the residual stream and expert outputs are f32: the released 120b passes f16's range.
 
 use super::load::{Inputs, Loader};
-use super::{Layers, State, attention, heads, norm};
+use super::{Layers, State, attention, norm};
 use crate::config::Config;
 use crate::error::Result;
 use crate::ops::{Addend, Experts, Projection, Router, Swiglu};
@@ -62,24 +62,14 @@ impl Layers for GptOss {
         let form = Swiglu::gpt_oss(a as u32, [c.swiglu_limit, c.swiglu_alpha]);
         let kv = s.kv[idx];
 
-        s.open_layer(p, norm(c), idx, addend, l.attn_norm);
-        s.project(p, &l.qkv, s.h, s.qkv, name("attn_norm.staged"));
-        p.stage(name("qkv"), s.qkv, l.qkv.n as usize);
-        p.rope(heads(c), s.rows, s.rope_table, s.qkv, kv);
+        s.queries(p, c, idx, addend, (l.attn_norm, &l.qkv, None));
         p.attention(attention(c, idx, kv), [s.rows, s.qkv, s.parts], kv, Some(l.sinks), s.a);
         p.stage(name("attention"), s.a, c.num_attention_heads * c.head_dim);
         s.project(p, &l.out, s.a, s.delta, name("attention.staged"));
         p.stage(name("attn_out"), s.delta, d);
 
-        s.add_and_norm(p, norm(c), Addend::Rows(s.delta), l.mlp_norm, None);
-        p.stage(name("mlp_norm"), s.h, d);
-        p.projection(s.step, &l.router, s.h, s.scores);
-        p.stage(name("mlp.router.logits"), s.scores, e);
-        p.router(Router { e: e as u32, a: form.a, normalise: true }, s.scores, s.routes);
-        p.index_stage(name("mlp.router.experts"), s.routes.experts, a);
-        p.stage(name("mlp.router.weights"), s.routes.weights, a);
-        s.up(p, [&l.up, &l.down], form, name("mlp_norm.staged"));
-        p.stage(name("mlp.up"), s.e, a * c.intermediate_size);
+        let choice = Router { e: e as u32, a: form.a, normalise: true };
+        s.experts_up(p, norm(c), idx, (l.mlp_norm, &l.router, choice), [&l.up, &l.down], form);
         s.down(p, [&l.up, &l.down], form.a, name("mlp.up.staged"));
         p.stage(name("mlp.down"), s.y, a * d);
         s.routed(form.a)

@@ -4,7 +4,7 @@
 
 use super::load::Loader;
 use super::mlp::Mlp;
-use super::{Layers, State, attention, heads, norm};
+use super::{Layers, State, attention, norm};
 use crate::config::Config;
 use crate::error::Result;
 use crate::ops::{Addend, Projection};
@@ -52,18 +52,13 @@ impl Layers for Llama {
         let name = |what: &'static str| move || format!("layers.{idx}.{what}");
         let kv = s.kv[idx];
 
-        s.open_layer(p, norm(c), idx, addend, l.attn_norm);
-        s.project(p, &l.qkv, s.h, s.qkv, name("attn_norm.staged"));
-        p.stage(name("qkv"), s.qkv, l.qkv.n as usize);
-        p.rope(heads(c), s.rows, s.rope_table, s.qkv, kv);
+        s.queries(p, c, idx, addend, (l.attn_norm, &l.qkv, None));
         p.attention(attention(c, idx, kv), [s.rows, s.qkv, s.parts], kv, None, s.a);
         p.stage(name("attention"), s.a, c.num_attention_heads * c.head_dim);
         s.project(p, &l.out, s.a, s.delta, name("attention.staged"));
         p.stage(name("attn_out"), s.delta, c.hidden_size);
 
-        s.add_and_norm(p, norm(c), Addend::Rows(s.delta), l.mlp_norm, None);
-        p.stage(name("mlp_norm"), s.h, c.hidden_size);
-        l.mlp.record(p, idx, s);
+        l.mlp.record(p, norm(c), idx, l.mlp_norm, s);
         Addend::Rows(s.delta)
     }
 }

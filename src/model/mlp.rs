@@ -3,8 +3,8 @@
 use super::load::{Inputs, Loader};
 use super::state::State;
 use crate::error::Result;
-use crate::ops::{Gate, Glu, Projection};
-use crate::program::Program;
+use crate::ops::{Gate, Glu, Projection, RmsNorm};
+use crate::program::{Program, Slice};
 
 /// A dense MLP's weights.
 #[derive(Debug)]
@@ -24,10 +24,12 @@ impl Mlp {
         Ok(Self { f, gate_up, down })
     }
 
-    /// Record it: from `s.h` to `s.delta`.
-    pub(super) fn record(&self, p: &mut Program, idx: usize, s: &State) {
+    /// Record it, and the norm before it: to `s.delta`.
+    pub(super) fn record(&self, p: &mut Program, norm: RmsNorm, idx: usize, gain: Slice, s: &State) {
         let name = |what: &'static str| move || format!("layers.{idx}.{what}");
-        s.project(p, &self.gate_up, s.h, s.gate_up, name("mlp_norm.staged"));
+        if !s.after_attention(p, norm, idx, gain, (&self.gate_up, s.gate_up)) {
+            s.project(p, &self.gate_up, s.h, s.gate_up, name("mlp_norm.staged"));
+        }
         p.stage(name("mlp.gate_up"), s.gate_up, 2 * self.f as usize);
         p.glu(Glu { f: self.f, gate: Gate::Silu }, s.gate_up, s.e);
         p.stage(name("mlp.up"), s.e, self.f as usize);

@@ -124,7 +124,7 @@ impl Model {
         p.embed(&self.embed, s.rows, s.x);
         p.stage(|| "embed".to_owned(), s.x, self.config.hidden_size);
         if let Some(addend) = self.layers(&mut p, s) {
-            s.add(&mut p, norm(&self.config), self.config.num_hidden_layers - 1, addend);
+            s.add(&mut p, norm(&self.config), addend, self.config.num_hidden_layers - 1);
         }
         p
     }
@@ -144,7 +144,7 @@ impl Model {
         match self.layers(&mut p, s) {
             Some(addend) => {
                 let last = self.config.num_hidden_layers - 1;
-                s.add_and_norm(&mut p, norm, addend, self.final_norm, Some(last));
+                s.end_layer(&mut p, norm, addend, self.final_norm, last);
             }
             None => p.rms_norm(norm, s.x, self.final_norm, s.h),
         }

@@ -4,8 +4,7 @@
 
 use super::load::{Inputs, Loader};
 use super::mlp::Mlp;
-use super::qwen3::head_norm;
-use super::{Layers, State, attention, heads, norm};
+use super::{Layers, State, attention, norm};
 use crate::config::Config;
 use crate::error::Result;
 use crate::ops::{Addend, Experts, Gate, GateUp, Projection, Router, Swiglu};
@@ -74,34 +73,22 @@ impl Layers for Qwen3Moe {
         let name = |what: &'static str| move || format!("layers.{idx}.{what}");
         let kv = s.kv[idx];
 
-        s.open_layer(p, norm(c), idx, addend, l.attn_norm);
-        s.project(p, &l.qkv, s.h, s.qkv, name("attn_norm.staged"));
-        p.stage(name("qkv"), s.qkv, l.qkv.n as usize);
-        p.head_norm(head_norm(c), l.head_gains, s.qkv);
-        p.stage(name("qkv_norm"), s.qkv, l.qkv.n as usize);
-        p.rope(heads(c), s.rows, s.rope_table, s.qkv, kv);
+        s.queries(p, c, idx, addend, (l.attn_norm, &l.qkv, Some(l.head_gains)));
         p.attention(attention(c, idx, kv), [s.rows, s.qkv, s.parts], kv, None, s.a);
         p.stage(name("attention"), s.a, c.num_attention_heads * c.head_dim);
         s.project(p, &l.out, s.a, s.delta, name("attention.staged"));
         p.stage(name("attn_out"), s.delta, c.hidden_size);
 
-        s.add_and_norm(p, norm(c), Addend::Rows(s.delta), l.mlp_norm, None);
-        p.stage(name("mlp_norm"), s.h, c.hidden_size);
         match &l.mlp {
             Feed::Dense(mlp) => {
-                mlp.record(p, idx, s);
+                mlp.record(p, norm(c), idx, l.mlp_norm, s);
                 Addend::Rows(s.delta)
             }
             Feed::Experts { router, up, down } => {
-                let [e, a, f] = [c.num_local_experts, c.num_experts_per_tok, c.moe_intermediate_size];
+                let [e, a] = [c.num_local_experts, c.num_experts_per_tok];
                 let form = Swiglu { a: a as u32, rows: GateUp::Halves, gate: Gate::Silu };
-                p.projection(s.step, router, s.h, s.scores);
-                p.stage(name("mlp.router.logits"), s.scores, e);
-                p.router(Router { e: e as u32, a: form.a, normalise: c.norm_topk_prob }, s.scores, s.routes);
-                p.index_stage(name("mlp.router.experts"), s.routes.experts, a);
-                p.stage(name("mlp.router.weights"), s.routes.weights, a);
-                s.up(p, [up, down], form, name("mlp_norm.staged"));
-                p.stage(name("mlp.up"), s.e, a * f);
+                let choice = Router { e: e as u32, a: form.a, normalise: c.norm_topk_prob };
+                s.experts_up(p, norm(c), idx, (l.mlp_norm, router, choice), [up, down], form);
                 s.down(p, [up, down], form.a, name("mlp.up.staged"));
                 p.stage(name("mlp.down"), s.y, a * c.hidden_size);
                 s.routed(form.a)

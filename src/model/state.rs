@@ -1,17 +1,17 @@
 //! The buffers of a conversation: activations of a step, the KV cache, and rows quantised for W4A4.
 
-use super::window;
+use super::{heads, norm, window};
 use crate::checkpoint::ScaleOrder;
 use crate::config::Config;
 use crate::device::{Buffer, Device};
 use crate::error::{Error, Result};
 use crate::format::Format;
 use crate::ops::{
-    ActScale, Activations, Addend, CacheFormat, ExpertScales, Experts, Group, Input, InputScales, KvCache, MoeScatter,
-    PARTS, Piece, Projection, RmsNorm, Routes, Routing, Row, StageActivation, Staging, Step, Swiglu, Weight,
-    segments_within, staged_words,
+    ActScale, Activations, Addend, CacheFormat, ExpertScales, Experts, Group, HeadNorm, Input, InputScales, KvCache,
+    MoeScatter, NormLinear, PARTS, Piece, Projection, RmsNorm, Rotated, Router, Routes, Routing, Row, StageActivation,
+    Staging, Step, Swiglu, Weight, segments_within, staged_words,
 };
-use crate::program::{HostStages, Program, Slice};
+use crate::program::{HostStages, Program, Role, Slice};
 use std::sync::Arc;
 
 /// Positions of a page of the cache.
@@ -19,10 +19,9 @@ const PAGE: u32 = 16;
 /// Bytes that the segments of attention may take, of as many rows at a time as fit.
 const SEGMENT_BYTES: u64 = 64 << 20;
 
-/// Most routes of a step, for each expert, that experts take one by one. A workgroup for a tile of eight routes holds more
-/// numbers and waits for its rows; where tiles are nearly empty that costs more than reading weights again, mostly from the
-/// device's cache: on an H100 up to about two routes an expert (docs/performance.md).
-const ROUTES_EACH: u32 = 2;
+/// Routes of a step, for each expert, from which tiles have four routes instead of two. Below half a route an expert routes
+/// go one by one: few would share weights.
+const ROUTES_MANY: u32 = 4;
 
 /// How a model is loaded, and sizes of a conversation's buffers.
 #[derive(Clone, Copy, Debug)]
@@ -97,7 +96,10 @@ pub struct State {
     pub(super) draw_parts: Slice,
     /// Most picks at once.
     pub max_picks: u32,
+    /// The residual stream where a layer begins.
     pub(super) x: Slice,
+    /// The residual stream between attention and what follows it.
+    pub(super) mid: Slice,
     pub(super) h: Slice,
     pub(super) qkv: Slice,
     pub(super) a: Slice,
@@ -121,6 +123,7 @@ pub struct State {
     pub(super) host: HostStages,
     /// Whether the device has matrix units.
     pub(super) matrix: bool,
+    max_storage_buffers: u32,
     windows: Vec<u32>,
     activations: Activations,
     staging: Option<Staging>,
@@ -199,8 +202,8 @@ impl State {
                 })
             }
         };
-        let tile_bytes = |matrix| {
-            let group = Group { e: e as u32, a: a as u32, matrix };
+        let tile_bytes = |routes| {
+            let group = Group { e: e as u32, a: a as u32, routes };
             u64::from(group.tiles(t as u32)) * group.tile_bytes()
         };
         // Of generated rows; a prompt's attention leaves no parts.
@@ -216,6 +219,7 @@ impl State {
             draw_parts: new("parts of drawn tokens", picks * u64::from(PARTS) * 16)?,
             max_picks: picks as u32,
             x: new("x", t * d * 4)?,
+            mid: new("x after attention", t * d * 4)?,
             h: new("h", t * d * 4)?,
             qkv: new("qkv", t * (h + 2 * hk) * dh * 4)?,
             a: new("attention", t * h * dh * 4)?,
@@ -223,7 +227,7 @@ impl State {
             delta: new("delta", t * d * 4)?,
             scores: new("scores", t * e * 4)?,
             routes: Routes { experts: new("experts", t * a * 4)?, weights: new("weights", t * a * 4)? },
-            tiles: new("tiles of routes", tile_bytes(true).max(tile_bytes(false)))?,
+            tiles: new("tiles of routes", [2, 4, 64].map(tile_bytes).into_iter().max().unwrap_or(0))?,
             gate_up: new("gate and up", t * 2 * dense_f * 4)?,
             e: new("expert activations", t * (a * moe_f).max(dense_f) * 4)?,
             y: new("expert outputs", t * a * d * 4)?,
@@ -233,6 +237,7 @@ impl State {
             rope_table,
             host: plan.host,
             matrix: device.limits().matrix,
+            max_storage_buffers: device.limits().max_storage_buffers,
             windows: (0..c.num_hidden_layers).map(|idx| window(c, idx)).collect(),
             activations: plan.activations,
             staging,
@@ -257,13 +262,53 @@ impl State {
         sliding.flat_map(|(_, kv)| [kv.keys, kv.values])
     }
 
-    /// Record the beginning of layer `idx`: what the layer before adds, and the norm.
-    pub(super) fn open_layer(&self, p: &mut Program, norm: RmsNorm, idx: usize, addend: Option<Addend>, gain: Slice) {
+    /// Whether a step's one generated row goes through launches that do several ops: the same bits in less time.
+    fn fuses(&self, p: &Program) -> bool {
+        let alone = p.tokens() == 1 && p.role != Role::Prompt && !p.in_parts;
+        let exact = self.activations == Activations::F32 && self.host == HostStages::default();
+        alone && exact && self.max_storage_buffers >= NormLinear::BINDINGS
+    }
+
+    /// Record the beginning of layer `idx`: what the layer before adds, the norm, queries, keys and values, which are
+    /// rotated and appended. `head_gains`: of norms in between.
+    pub(super) fn queries(
+        &self,
+        p: &mut Program,
+        c: &Config,
+        idx: usize,
+        addend: Option<Addend>,
+        (gain, w, head_gains): (Slice, &Projection, Option<[Slice; 2]>),
+    ) {
+        let name = |what: &'static str| move || format!("layers.{idx}.{what}");
+        let (norm, heads, kv) = (norm(c), heads(c), self.kv[idx]);
+        let mut rotated = false;
         match addend {
-            Some(addend) => self.add_and_norm(p, norm, addend, gain, Some(idx - 1)),
-            None => p.rms_norm(norm, self.x, gain, self.h),
+            Some(addend) if self.fuses(p) && NormLinear::takes(w) => {
+                let to = Rotated { heads, rows: self.rows, table: self.rope_table, cache: kv };
+                let to = Some(to).filter(|_| head_gains.is_none());
+                rotated = to.is_some();
+                p.norm_linear(norm, (self.mid, addend, gain), [self.x, self.h], w, to, self.qkv);
+                p.stage(|| format!("layers.{}.hidden", idx - 1), self.x, norm.d as usize);
+                p.stage(name("attn_norm"), self.h, norm.d as usize);
+            }
+            addend => {
+                match addend {
+                    Some(addend) => self.end_layer(p, norm, addend, gain, idx - 1),
+                    None => p.rms_norm(norm, self.x, gain, self.h),
+                }
+                p.stage(name("attn_norm"), self.h, norm.d as usize);
+                self.project(p, w, self.h, self.qkv, name("attn_norm.staged"));
+            }
         }
-        p.stage(|| format!("layers.{idx}.attn_norm"), self.h, norm.d as usize);
+        if !rotated {
+            p.stage(name("qkv"), self.qkv, w.n as usize);
+            if let Some(gains) = head_gains {
+                let [h, hk, dh] = heads;
+                p.head_norm(HeadNorm { h, hk, dh, eps: norm.eps }, gains, self.qkv);
+                p.stage(name("qkv_norm"), self.qkv, w.n as usize);
+            }
+            p.rope(heads, self.rows, self.rope_table, self.qkv, kv);
+        }
     }
 
     /// What a layer's experts add: the weighted sum of `y`.
@@ -271,51 +316,54 @@ impl State {
         Addend::Routes { a, routes: self.routes, x: self.y, sum: self.delta }
     }
 
-    /// Record `x += addend` and `h = norm(x)`. `ends`: the layer that ends with this sum.
-    pub(super) fn add_and_norm(
+    /// Record what follows attention in layer `idx`: its output into the residual stream, the norm. Whether `y = w h + bias`
+    /// was recorded, too; if not, it is the caller's.
+    pub(super) fn after_attention(
         &self,
         p: &mut Program,
         norm: RmsNorm,
-        addend: Addend,
+        idx: usize,
         gain: Slice,
-        ends: Option<usize>,
-    ) {
+        (w, y): (&Projection, Slice),
+    ) -> bool {
+        let (added, to) = (Addend::Rows(self.delta), [self.mid, self.h]);
+        let fused = self.fuses(p) && NormLinear::takes(w);
+        if fused {
+            p.norm_linear(norm, (self.x, added, gain), to, w, None, y);
+        } else if p.in_parts {
+            p.add(norm.d, self.x, self.delta, self.mid);
+            p.rms_norm(norm, self.mid, gain, self.h);
+        } else {
+            p.add_norm(norm, self.x, added, gain, to);
+        }
+        p.stage(|| format!("layers.{idx}.mlp_norm"), self.h, norm.d as usize);
+        fused
+    }
+
+    /// Record the end of layer `idx`, and the norm that follows it.
+    pub(super) fn end_layer(&self, p: &mut Program, norm: RmsNorm, addend: Addend, gain: Slice, idx: usize) {
         let routed = matches!(addend, Addend::Routes { .. });
         if p.in_parts || (routed && p.host.scatter) {
-            match ends {
-                Some(idx) => self.add(p, norm, idx, addend),
-                None => self.add_parts(p, norm, addend, None),
-            }
+            self.add(p, norm, addend, idx);
             p.rms_norm(norm, self.x, gain, self.h);
             return;
         }
-        p.add_norm(norm, addend, self.x, gain, self.h);
-        if let Some(idx) = ends {
-            if routed {
-                p.stage(|| format!("layers.{idx}.mlp.out"), self.delta, norm.d as usize);
-            }
-            p.stage(|| format!("layers.{idx}.hidden"), self.x, norm.d as usize);
-        }
-    }
-
-    /// Record `x += addend`, with which layer `idx` ends.
-    pub(super) fn add(&self, p: &mut Program, norm: RmsNorm, idx: usize, addend: Addend) {
-        self.add_parts(p, norm, addend, Some(idx));
+        p.add_norm(norm, self.mid, addend, gain, [self.x, self.h]);
         p.stage(|| format!("layers.{idx}.hidden"), self.x, norm.d as usize);
     }
 
-    fn add_parts(&self, p: &mut Program, norm: RmsNorm, addend: Addend, ends: Option<usize>) {
+    /// Record what layer `idx` ends with: the residual stream with what it adds.
+    pub(super) fn add(&self, p: &mut Program, norm: RmsNorm, addend: Addend, idx: usize) {
         let y = match addend {
             Addend::Rows(y) => y,
             Addend::Routes { a, routes, x, sum } => {
                 p.moe_scatter(MoeScatter { a, d: norm.d }, routes, x, sum);
-                if let Some(idx) = ends {
-                    p.stage(|| format!("layers.{idx}.mlp.out"), sum, norm.d as usize);
-                }
+                p.stage(|| format!("layers.{idx}.mlp.out"), sum, norm.d as usize);
                 sum
             }
         };
-        p.add(norm.d, y, self.x);
+        p.add(norm.d, self.mid, y, self.x);
+        p.stage(|| format!("layers.{idx}.hidden"), self.x, norm.d as usize);
     }
 
     /// Record `y = w x + bias` by row, with x quantised first where the plan says so and the weight is NVFP4. `name`: of
@@ -350,23 +398,58 @@ impl State {
         if p.by_matrix() && exact && experts.iter().all(|experts| experts.weight.format.fits_half()) {
             return Routing::ByMatrix(self.tiles);
         }
-        match p.tokens() * a <= ROUTES_EACH * experts[0].weight.experts {
-            true => Routing::Each(self.routes.experts),
-            false => Routing::Grouped(self.tiles),
+        let (routes, e) = (p.tokens() * a, experts[0].weight.experts);
+        match routes {
+            _ if routes * 2 <= e || p.tokens() == 1 => Routing::Each(self.routes.experts),
+            _ if routes < ROUTES_MANY * e => Routing::Grouped(self.tiles, 2),
+            _ => Routing::Grouped(self.tiles, 4),
         }
     }
 
-    /// Record the experts' first matrix, from `h` to `e`, and before it the grouping of the routes for both.
-    pub(super) fn up(&self, p: &mut Program, experts: [&Experts; 2], form: Swiglu, name: impl Fn() -> String) {
-        let (up, routing) = (experts[0], self.routing(p, form.a, experts));
-        if let Routing::Grouped(tiles) | Routing::ByMatrix(tiles) = routing {
-            let group = Group { e: up.weight.experts, a: form.a, matrix: matches!(routing, Routing::ByMatrix(_)) };
+    /// Record what follows the norm in layer `idx`: router, the choice of experts, and their first matrix, from `h` to `e`.
+    pub(super) fn experts_up(
+        &self,
+        p: &mut Program,
+        norm: RmsNorm,
+        idx: usize,
+        (gain, router, choice): (Slice, &Projection, Router),
+        experts: [&Experts; 2],
+        form: Swiglu,
+    ) {
+        let name = |what: &'static str| move || format!("layers.{idx}.{what}");
+        if !self.after_attention(p, norm, idx, gain, (router, self.scores)) {
+            p.projection(self.step, router, self.h, self.scores);
+        }
+        p.stage(name("mlp.router.logits"), self.scores, choice.e as usize);
+        let up = experts[0];
+        let routing = match self.routing(p, form.a, experts) {
+            Routing::Each(_) if self.fuses(p) && up.weight.parts.len() == 1 => {
+                Routing::Chosen(choice, self.scores, self.routes)
+            }
+            routing => {
+                p.router(choice, self.scores, self.routes);
+                routing
+            }
+        };
+        let chosen = |p: &mut Program| {
+            p.index_stage(name("mlp.router.experts"), self.routes.experts, form.a as usize);
+            p.stage(name("mlp.router.weights"), self.routes.weights, form.a as usize);
+        };
+        if !matches!(routing, Routing::Chosen(..)) {
+            chosen(p);
+        }
+        if let Routing::Grouped(tiles, _) | Routing::ByMatrix(tiles) = routing {
+            let group = Group { e: up.weight.experts, a: form.a, routes: routing.routes() };
             p.group(group, self.step, self.routes.experts, tiles);
         }
         let (given, each) = self.expert_scales(up);
         let rows = if each { Rows::Spread { a: form.a } } else { Rows::Tokens };
-        let input = self.quantised(p, &up.weight, self.h, rows, given, &name);
+        let input = self.quantised(p, &up.weight, self.h, rows, given, &name("mlp_norm.staged"));
         p.moe_up(up, form, routing, (input, if each { 1 } else { form.a }), self.e);
+        if matches!(routing, Routing::Chosen(..)) {
+            chosen(p);
+        }
+        p.stage(name("mlp.up"), self.e, (form.a * up.weight.n / 2) as usize);
     }
 
     /// Record the experts' second matrix, from `e` to `y`.

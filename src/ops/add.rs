@@ -14,25 +14,27 @@ pub struct Add {
 }
 
 impl Program {
-    /// `x += y`. Both `[T, D]` f32.
-    pub fn add(&mut self, d: u32, y: Slice, x: Slice) {
+    /// `sum = x + y`. All `[T, D]` f32.
+    pub fn add(&mut self, d: u32, x: Slice, y: Slice, sum: Slice) {
         let launch = Launch::new(Op::Add(Add { d }), &KERNEL, [d.div_ceil(64), self.tokens, 1])
             .constant("D", d)
+            .read("x", x)
             .read("y", y)
-            .update("x", x);
+            .write("sum", sum);
         self.push(launch);
     }
 }
 
 impl Add {
     pub(crate) fn twin(&self, tokens: usize, views: &mut Views<'_>) {
-        self.reference(&views.f32("y")[..tokens * self.d as usize], views.f32_mut("x"));
+        let n = tokens * self.d as usize;
+        self.reference(&views.f32("x")[..n], &views.f32("y")[..n], views.f32_mut("sum"));
     }
 
-    /// `x`, `y`: `[T, D]`.
-    pub fn reference(&self, y: &[f32], x: &mut [f32]) {
-        for (x, y) in x.iter_mut().zip(y) {
-            *x = (f64::from(*x) + f64::from(*y)) as f32;
+    /// `x`, `y`, `sum`: `[T, D]`.
+    pub fn reference(&self, x: &[f32], y: &[f32], sum: &mut [f32]) {
+        for ((x, y), sum) in x.iter().zip(y).zip(sum) {
+            *sum = (f64::from(*x) + f64::from(*y)) as f32;
         }
     }
 }

@@ -29,49 +29,77 @@ pub enum Addend {
         routes: Routes,
         /// `[T, A, D]` f32.
         x: Slice,
-        /// Where the sum goes, `[T, D]` f32.
+        /// Where the sum goes if somebody wants it apart, `[T, D]` f32.
         sum: Slice,
     },
 }
 
-impl Program {
-    /// `x += addend; h = norm(x)` by row. `x`, `h`: `[T, D]` f32; `g`: `[D]` bf16.
-    pub fn add_norm(&mut self, norm: RmsNorm, addend: Addend, x: Slice, g: Slice, h: Slice) {
-        let routes = if let Addend::Routes { a, .. } = addend { Some(a) } else { None };
-        let launch = Launch::new(Op::AddNorm(AddNorm { norm, routes }), &KERNEL, [self.tokens, 1, 1])
-            .constant("D", norm.d)
-            .constant("EPS", norm.eps);
-        let launch = match addend {
-            Addend::Rows(y) => launch.fill("addend", "addend_rows").read("y", y),
-            Addend::Routes { a, routes, x, sum } => launch
+impl Addend {
+    /// Routes of a token, where their weighted sum is what is added.
+    pub(super) fn routes(self) -> Option<u32> {
+        if let Addend::Routes { a, .. } = self { Some(a) } else { None }
+    }
+}
+
+impl Launch {
+    /// Bind what is added and fill slot `addend`.
+    pub(super) fn addend(self, addend: Addend) -> Self {
+        match addend {
+            Addend::Rows(y) => self.fill("addend", "addend_rows").read("addends", y),
+            Addend::Routes { a, routes, x, .. } => self
                 .fill("addend", "addend_routes")
                 .constant("A", a)
-                .read("weights", routes.weights)
-                .read("routes", x)
-                .write("y", sum),
-        };
-        self.push(launch.update("x", x).read("g", g).write("h", h));
+                .read("addends", x)
+                .read("route_weights", routes.weights),
+        }
+    }
+}
+
+impl Program {
+    /// `sum = x + addend; h = norm(sum)` by row. `x`, `sum`, `h`: `[T, D]` f32; `g`: `[D]` bf16.
+    pub fn add_norm(&mut self, norm: RmsNorm, x: Slice, addend: Addend, g: Slice, [sum, h]: [Slice; 2]) {
+        let op = AddNorm { norm, routes: addend.routes() };
+        let launch = Launch::new(Op::AddNorm(op), &KERNEL, [self.tokens, 1, 1])
+            .constant("D", norm.d)
+            .constant("EPS", norm.eps)
+            .addend(addend)
+            .read("x", x)
+            .read("g", g)
+            .write("sum", sum)
+            .write("h", h);
+        self.push(launch);
     }
 }
 
 impl AddNorm {
     pub(crate) fn twin(&self, tokens: usize, views: &mut Views<'_>) {
-        let (d, n) = (self.norm.d, tokens * self.norm.d as usize);
-        let x = &mut views.f32_mut("x")[..n];
-        let y = match self.routes {
-            None => &views.f32("y")[..n],
-            Some(a) => {
-                let (weights, y) = (&views.f32("weights")[..tokens * a as usize], views.f32_mut("y"));
-                MoeScatter { a, d }.reference(weights, views.f32("routes"), y);
-                &y[..n]
-            }
-        };
-        self.reference(y, x, views.bf16("g"), views.f32_mut("h"));
+        let x = &views.f32("x")[..tokens * self.norm.d as usize];
+        let weights = if self.routes.is_some() { views.f32("route_weights") } else { &[] };
+        let (addends, g) = (views.f32("addends"), views.bf16("g"));
+        self.reference(x, addends, weights, g, views.f32_mut("sum"), views.f32_mut("h"));
     }
 
-    /// `y`: what is added, already summed over routes; `y`, `x`, `h`: `[T, D]`; `g`: `[D]`.
-    pub fn reference(&self, y: &[f32], x: &mut [f32], g: &[half::bf16], h: &mut [f32]) {
-        Add { d: self.norm.d }.reference(y, x);
-        self.norm.reference(x, g, h);
+    /// `x`, `sum`, `h`: `[T, D]`; `addends`: `[T, D]`, or `[T, A, D]` with their `weights [T, A]`; `g`: `[D]`.
+    pub fn reference(
+        &self,
+        x: &[f32],
+        addends: &[f32],
+        weights: &[f32],
+        g: &[half::bf16],
+        sum: &mut [f32],
+        h: &mut [f32],
+    ) {
+        let (d, n) = (self.norm.d, x.len());
+        let sum = &mut sum[..n];
+        match self.routes {
+            None => Add { d }.reference(x, &addends[..n], sum),
+            Some(a) => {
+                let mut y = vec![0.0; n];
+                let routes = n / d as usize * a as usize;
+                MoeScatter { a, d }.reference(&weights[..routes], &addends[..routes * d as usize], &mut y);
+                Add { d }.reference(x, &y, sum);
+            }
+        }
+        self.norm.reference(sum, g, h);
     }
 }

@@ -1,17 +1,13 @@
 //! The routes of a step by expert, so that an expert's weights are read once for all of them.
 
-use super::{Op, Views};
+use super::{Op, Router, Routes, Views, Weight};
+use crate::format::Format;
 use crate::program::{Launch, Program, Slice};
 use crate::shader::{Kernel, TILES};
 use std::borrow::Cow;
 
 pub(crate) const KERNEL: Kernel =
     Kernel { name: "group", source: include_str!("../../shaders/group.wgsl"), slots: &[TILES] };
-
-/// Most routes of a tile: the tokens that `tile_8` and `tile_8x4` carry.
-const ROUTES: usize = 8;
-/// Most routes of a tile for matrix units.
-const MATRIX_ROUTES: usize = 64;
 
 /// Constants.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -20,20 +16,9 @@ pub struct Group {
     pub e: u32,
     /// Experts per token.
     pub a: u32,
-    /// For kernels with matrix units, whose tiles hold 64 routes; else 8.
-    pub matrix: bool,
-}
-
-/// Routes that go to one expert.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, bytemuck::Pod, bytemuck::Zeroable)]
-#[repr(C)]
-pub struct Tile {
-    /// The expert.
-    pub expert: u32,
-    /// How many routes; 0 in a tile that is not used.
-    pub count: u32,
-    /// The routes, `t A + a`, in order; zeros behind them.
-    pub routes: [u32; ROUTES],
+    /// Most routes of a tile: 2 or 4, or 64 for matrix units. A tile is as many words, behind its expert and how many of
+    /// them are routes, `t A + a`, in order: the others are zeros. 0 routes: a tile that is not used.
+    pub routes: u32,
 }
 
 /// How the routes of a step are given to the experts' matrices. It changes no bit.
@@ -41,9 +26,12 @@ pub struct Tile {
 pub enum Routing {
     /// One by one: `[T, A]` u32, the expert of each.
     Each(Slice),
-    /// In the tiles of [`Program::group`].
-    Grouped(Slice),
-    /// In its larger tiles, for matrix units.
+    /// One by one, and chosen on the way by these scores, `[T, E]` f32: for `moe_up`, of a weight in one part. It writes the
+    /// routes.
+    Chosen(Router, Slice, Routes),
+    /// In the tiles of [`Program::group`], of 2 or 4.
+    Grouped(Slice, u32),
+    /// In its tiles of 64, for matrix units.
     ByMatrix(Slice),
 }
 
@@ -53,17 +41,36 @@ impl From<Slice> for Routing {
     }
 }
 
+/// What workgroups carry.
+pub(super) struct Carried {
+    /// The filling of slot `tile`.
+    pub(super) tile: &'static str,
+    /// How many tiles of routes there can be.
+    pub(super) tiles: u32,
+    /// Rows of weights of a workgroup.
+    pub(super) rows: u32,
+}
+
 impl Routing {
-    /// The tile that workgroups carry, their number, and how many rows of weights a lane has.
-    pub(crate) fn tile(self, tokens: u32, a: u32, e: u32) -> (&'static str, u32, u32) {
-        let op = Group { e, a, matrix: matches!(self, Self::ByMatrix(_)) };
+    /// Most routes of a tile.
+    pub fn routes(self) -> u32 {
         match self {
-            Self::ByMatrix(_) => ("", op.tiles(tokens), 0),
-            Self::Each(_) => ("tile_1x2", tokens * a, 2),
-            // Where an expert has a full tile on average there is enough to do with four rows a lane.
-            Self::Grouped(_) if tokens * a >= e * ROUTES as u32 => ("tile_8x4", op.tiles(tokens), 4),
-            Self::Grouped(_) => ("tile_8", op.tiles(tokens), 2),
+            Self::Each(_) | Self::Chosen(..) => 1,
+            Self::Grouped(_, routes) => routes,
+            Self::ByMatrix(_) => 64,
         }
+    }
+
+    pub(super) fn carried(self, tokens: u32, a: u32, weight: &Weight) -> Carried {
+        let e = weight.experts;
+        let tiles = Group { e, a, routes: self.routes() }.tiles(tokens);
+        let tile = match self.routes() {
+            1 if weight.format == Format::Bf16 => "tile_1x2",
+            1 => "tile_1x8",
+            2 => "tile_2x4",
+            _ => "tile_4x2",
+        };
+        Carried { tile, tiles, rows: 32 }
     }
 }
 
@@ -72,20 +79,32 @@ impl Launch {
     pub(crate) fn routes(self, routing: Routing) -> Self {
         match routing {
             Routing::Each(experts) => self.fill("routes", "routes_each").read("experts", experts),
-            Routing::Grouped(tiles) => self.fill("routes", "routes_grouped").read("tiles", tiles),
+            Routing::Chosen(op, scores, routes) => self
+                .fill("routes", "routes_chosen")
+                .constant("E", op.e)
+                .constant("A", op.a)
+                .constant("ALL", u32::from(!op.normalise))
+                .read("scores", scores)
+                .write("experts", routes.experts)
+                .write("weights", routes.weights),
+            Routing::Grouped(tiles, 2) => {
+                self.fill("routes", "routes_grouped").fill("tiles", "tiles_2").read("tiles", tiles)
+            }
+            Routing::Grouped(tiles, _) => {
+                self.fill("routes", "routes_grouped").fill("tiles", "tiles_4").read("tiles", tiles)
+            }
             Routing::ByMatrix(tiles) => self.read("tiles", tiles),
         }
     }
 }
 
 impl Program {
-    /// The routes of the step by expert. `step`: uniform with T; `experts`: `[T, A]` u32; `tiles`: [`Group::tiles`] of
-    /// [`Tile`].
+    /// The routes of the step by expert. `step`: uniform with T; `experts`: `[T, A]` u32; `tiles`: [`Group::tiles`].
     pub fn group(&mut self, op: Group, step: Slice, experts: Slice, tiles: Slice) {
         let launch = Launch::new(Op::Group(op), &KERNEL, [1, 1, 1])
             .constant("E", op.e)
             .constant("A", op.a)
-            .fill("tiles", if op.matrix { "tiles_64" } else { "tiles_8" })
+            .fill("tiles", op.filling())
             .read("step", step)
             .read("experts", experts)
             .write("tiles", tiles);
@@ -94,36 +113,45 @@ impl Program {
 }
 
 impl Group {
-    /// Routes of a tile.
-    fn routes(&self) -> usize {
-        if self.matrix { MATRIX_ROUTES } else { ROUTES }
+    fn filling(&self) -> &'static str {
+        match self.routes {
+            2 => "tiles_2",
+            4 => "tiles_4",
+            64 => "tiles_64",
+            other => unreachable!("no kernel has tiles of {other} routes"),
+        }
+    }
+
+    /// Words of a tile.
+    pub fn words(&self) -> usize {
+        2 + self.routes as usize
     }
 
     /// Bytes of a tile.
     pub(crate) fn tile_bytes(&self) -> u64 {
-        (2 + self.routes() as u64) * 4
+        self.words() as u64 * 4
     }
 
     /// Tiles that `tokens` rows may need: every expert that has routes may have a tile that is not full.
     pub fn tiles(&self, tokens: u32) -> u32 {
-        let (routes, full) = (tokens * self.a, self.routes() as u32);
+        let (routes, full) = (tokens * self.a, self.routes);
         (routes + (full - 1) * routes.min(self.e)) / full
     }
 
     pub(crate) fn twin(&self, tokens: usize, views: &mut Views<'_>) {
         let experts = &views.words("experts")[..tokens * self.a as usize];
-        let words = self.tiles(tokens as u32) as usize * (2 + self.routes());
+        let words = self.tiles(tokens as u32) as usize * self.words();
         self.reference(experts, &mut views.words_mut("tiles")[..words]);
     }
 
     /// `experts [T, A]`; `tiles`: the words of as many as there can be: expert, count, routes.
     pub fn reference(&self, experts: &[u32], tiles: &mut [u32]) {
         tiles.fill(0);
-        let mut next = tiles.chunks_exact_mut(2 + self.routes());
+        let mut next = tiles.chunks_exact_mut(self.words());
         for expert in 0..self.e {
             let routes = || (0..experts.len() as u32).filter(|route| experts[*route as usize] == expert);
             let routes: Vec<u32> = routes().collect();
-            for (some, tile) in routes.chunks(self.routes()).zip(&mut next) {
+            for (some, tile) in routes.chunks(self.routes as usize).zip(&mut next) {
                 tile[..2].copy_from_slice(&[expert, some.len() as u32]);
                 tile[2..2 + some.len()].copy_from_slice(some);
             }
@@ -140,9 +168,9 @@ impl<'a> Views<'a> {
         }
         let mut experts = vec![u32::MAX; routes];
         // What follows was left by a step of more rows.
-        let tiles = self.words("tiles").chunks_exact(2 + op.routes()).take(op.tiles(tokens as u32) as usize);
+        let tiles = self.words("tiles").chunks_exact(op.words()).take(op.tiles(tokens as u32) as usize);
         for tile in tiles {
-            for route in &tile[2..2 + (tile[1] as usize).min(op.routes())] {
+            for route in &tile[2..2 + (tile[1] as usize).min(op.routes as usize)] {
                 if let Some(expert) = experts.get_mut(*route as usize) {
                     *expert = tile[0];
                 }

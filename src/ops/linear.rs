@@ -3,12 +3,12 @@
 use super::{Input, InputFormat, Matrix, Op, Views, Weight, weight::dot};
 use crate::format::Format;
 use crate::program::{Launch, Program, Slice};
-use crate::shader::{BIAS, E2M1, INPUT, Kernel, LANES, REDUCE, TILE, WEIGHTS};
+use crate::shader::{BIAS, E2M1, FOLD, INPUT, Kernel, LANES, TILE, WEIGHTS};
 
 pub(crate) const KERNEL: Kernel = Kernel {
     name: "linear",
     source: include_str!("../../shaders/linear.wgsl"),
-    slots: &[WEIGHTS, E2M1, INPUT, BIAS, TILE, LANES, REDUCE],
+    slots: &[WEIGHTS, E2M1, INPUT, BIAS, TILE, LANES, FOLD],
 };
 
 /// For many rows, by matrix units.
@@ -104,18 +104,23 @@ impl Program {
                 self.push(launch.read("step", step).weight(w.format, part).bias(bias).of_linear(op).update("y", y));
                 continue;
             }
-            // The tile changes how many sums a lane carries, not the order of any of them. Of a matrix with few rows four
-            // a lane would leave most of a GPU without work.
-            let (tile, tokens, rows) = match self.tokens {
-                ..4 => ("tile_1", 1, 1),
-                16.. if part.count >= 512 => ("tile_8x4", 8, 4),
-                _ => ("tile_8", 8, 2),
+            // The tile changes how many sums a workgroup has, not the order of any of them. Of a matrix with few rows
+            // many in a workgroup would leave most of a GPU without work.
+            let (tile, tokens, rows) = match (self.tokens, part.count) {
+                (1, ..512) => ("tile_1x2", 1, 2),
+                (1, _) => ("tile_1x2", 1, 8),
+                (2, ..512) => ("tile_2x4", 2, 4),
+                (2, _) => ("tile_2x4", 2, 16),
+                (_, ..512) => ("tile_4x2", 4, 4),
+                (..16, _) => ("tile_4x2", 4, 16),
+                _ => ("tile_4x2", 4, 32),
             };
             let (input, first) = (x.format(), first + part.first);
             let op = Linear { format: w.format, input, k: w.k, n, first, count: part.count };
-            let grid = [self.tokens.div_ceil(tokens), part.count.div_ceil(8 * rows), 1];
+            let grid = [self.tokens.div_ceil(tokens), part.count.div_ceil(rows), 1];
             let launch = Launch::new(Op::Linear(op), &KERNEL, grid)
                 .of_linear(op)
+                .constant("ROWS", rows)
                 .read("step", step)
                 .weight(w.format, part)
                 .bias(bias)

@@ -18,6 +18,7 @@ mod linear;
 mod moe_down;
 mod moe_scatter;
 mod moe_up;
+mod norm_linear;
 mod rms_norm;
 mod rope;
 mod router;
@@ -38,13 +39,14 @@ pub use attention::{Attention, AttentionMerge, Seen};
 pub use draw::Draw;
 pub use embed::Embed;
 pub use glu::{Gate, Glu};
-pub use group::{Group, Routing, Tile};
+pub use group::{Group, Routing};
 pub use head_norm::HeadNorm;
 pub use input::{Input, InputFormat, decode_staged, staged_words};
 pub use linear::{Linear, Piece, Projection};
 pub use moe_down::MoeDown;
 pub use moe_scatter::MoeScatter;
 pub use moe_up::{ExpertScales, Experts, GateUp, MoeUp, Swiglu};
+pub use norm_linear::{NormLinear, Rotated};
 pub use rms_norm::RmsNorm;
 pub use rope::{CacheFormat, KvCache, Rope};
 pub use router::{Router, Routes};
@@ -59,7 +61,7 @@ pub use weight::{Matrix, Part, Weight, WeightBytes};
 use crate::shader::Kernel;
 
 /// Every kernel there is.
-pub const KERNELS: [&Kernel; 25] = [
+pub const KERNELS: [&Kernel; 26] = [
     &add::KERNEL,
     &add_norm::KERNEL,
     &amax::KERNEL,
@@ -78,6 +80,7 @@ pub const KERNELS: [&Kernel; 25] = [
     &moe_scatter::KERNEL,
     &moe_up::KERNEL,
     &moe_up::MATRIX,
+    &norm_linear::KERNEL,
     &rms_norm::KERNEL,
     &rope::KERNEL,
     &router::KERNEL,
@@ -106,6 +109,7 @@ pub enum Op {
     MoeDown(MoeDown),
     MoeScatter(MoeScatter),
     MoeUp(MoeUp),
+    NormLinear(NormLinear),
     RmsNorm(RmsNorm),
     Rope(Rope),
     Router(Router),
@@ -134,6 +138,7 @@ impl Op {
             Op::MoeDown(op) => op.twin(tokens, views),
             Op::MoeScatter(op) => op.twin(tokens, views),
             Op::MoeUp(op) => op.twin(tokens, views),
+            Op::NormLinear(op) => op.twin(views),
             Op::RmsNorm(op) => op.twin(tokens, views),
             Op::Rope(op) => op.twin(tokens, views),
             Op::Router(op) => op.twin(tokens, views),

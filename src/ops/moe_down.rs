@@ -1,14 +1,15 @@
 //! The experts' second matrix.
 
+use super::group::Carried;
 use super::{Experts, Group, Input, InputFormat, Matrix, Op, Routing, Views, linear::MATRIX_TILE, weight::dot};
 use crate::format::Format;
 use crate::program::{Launch, Program, Slice};
-use crate::shader::{BIAS, E2M1, EXPERT_TILE, INPUT, Kernel, LANES, REDUCE, ROUTES, WEIGHTS};
+use crate::shader::{BIAS, E2M1, FOLD, INPUT, Kernel, LANES, ROUTE_TILES, ROUTES, TILE, WEIGHTS};
 
 pub(crate) const KERNEL: Kernel = Kernel {
     name: "moe_down",
     source: include_str!("../../shaders/moe_down.wgsl"),
-    slots: &[WEIGHTS, E2M1, INPUT, BIAS, ROUTES, EXPERT_TILE, LANES, REDUCE],
+    slots: &[WEIGHTS, E2M1, INPUT, BIAS, ROUTES, ROUTE_TILES, TILE, LANES, FOLD],
 };
 
 /// For many rows, by matrix units.
@@ -37,28 +38,28 @@ pub struct MoeDown {
     pub first: u32,
     /// Experts in the part.
     pub count: u32,
-    /// By matrix units, from tiles of 64 routes.
-    pub matrix: bool,
+    /// Most routes of a tile.
+    pub each: u32,
 }
 
 impl Program {
     /// `y[t,a] = w_e x[t,a] + bias_e` with `e = experts[t,a]`. `x`: `[T, A, K]`, `y`: `[T, A, D]` f32.
     pub fn moe_down(&mut self, down: &Experts, a: u32, routing: impl Into<Routing>, x: impl Into<Input>, y: Slice) {
         let (x, routing, k, d) = (x.into(), routing.into(), down.weight.k, down.weight.n);
-        let (tile, tiles, rows) = routing.tile(self.tokens, a, down.weight.experts);
-        let matrix = matches!(routing, Routing::ByMatrix(_));
+        let Carried { tile, tiles, rows } = routing.carried(self.tokens, a, &down.weight);
+        let (each, matrix) = (routing.routes(), matches!(routing, Routing::ByMatrix(_)));
         for part in &down.weight.parts {
             let (format, input) = (down.weight.format, x.format());
             let (e, first, count) = (down.weight.experts, part.first, part.count);
-            let op = MoeDown { format, input, k, d, a, e, first, count, matrix };
+            let op = MoeDown { format, input, k, d, a, e, first, count, each };
             let launch = match matrix {
                 true => {
                     let grid = [tiles, d.div_ceil(MATRIX_TILE[0]), 1];
                     Launch::new(Op::MoeDown(op), &MATRIX, grid).matrix_input(x)
                 }
                 false => {
-                    let grid = [d.div_ceil(8 * rows), tiles, 1];
-                    Launch::new(Op::MoeDown(op), &KERNEL, grid).input(x).fill("tile", tile)
+                    let grid = [d.div_ceil(rows), tiles, 1];
+                    Launch::new(Op::MoeDown(op), &KERNEL, grid).input(x).fill("tile", tile).constant("ROWS", rows)
                 }
             };
             let launch = launch
@@ -78,7 +79,7 @@ impl Program {
 impl MoeDown {
     pub(crate) fn twin(&self, tokens: usize, views: &mut Views<'_>) {
         let w = views.matrix(self.format, self.k as usize);
-        let experts = views.experts(Group { e: self.e, a: self.a, matrix: self.matrix }, tokens);
+        let experts = views.experts(Group { e: self.e, a: self.a, routes: self.each }, tokens);
         let bias = if views.has("bias") { views.bf16("bias") } else { &[] };
         let x = views.input(self.input, experts.len(), self.k as usize);
         self.reference(&w, bias, &experts, &x, views.f32_mut("y"));

@@ -1,14 +1,17 @@
 //! The experts' first matrix (gate and up) and the gated activation.
 
-use super::{Gate, Group, Input, InputFormat, Matrix, Op, Routing, Views, Weight, linear::MATRIX_TILE, weight::dot};
+use super::group::Carried;
+use super::{
+    Gate, Group, Input, InputFormat, Matrix, Op, Router, Routing, Views, Weight, linear::MATRIX_TILE, weight::dot,
+};
 use crate::format::Format;
 use crate::program::{Launch, Program, Slice};
-use crate::shader::{BIAS, E2M1, EXPERT_TILE, GLU, INPUT, Kernel, LANES, REDUCE, ROUTES, WEIGHTS};
+use crate::shader::{BIAS, E2M1, FOLD, GLU, INPUT, Kernel, LANES, ROUTE_TILES, TILE, UP_ROUTES, WEIGHTS};
 
 pub(crate) const KERNEL: Kernel = Kernel {
     name: "moe_up",
     source: include_str!("../../shaders/moe_up.wgsl"),
-    slots: &[WEIGHTS, E2M1, INPUT, BIAS, GLU, ROUTES, EXPERT_TILE, LANES, REDUCE],
+    slots: &[WEIGHTS, E2M1, INPUT, BIAS, GLU, UP_ROUTES, ROUTE_TILES, TILE, LANES, FOLD],
 };
 
 /// For many rows, by matrix units.
@@ -68,8 +71,10 @@ pub struct MoeUp {
     pub first: u32,
     /// Experts in the part.
     pub count: u32,
-    /// By matrix units, from tiles of 64 routes.
-    pub matrix: bool,
+    /// Most routes of a tile.
+    pub each: u32,
+    /// What chooses the routes, if nothing has yet.
+    pub router: Option<Router>,
     /// Where gate and up stand.
     pub rows: GateUp,
     /// The activation.
@@ -107,23 +112,25 @@ impl Program {
     ) {
         let (x, routing, k, f) = (x.into(), routing.into(), up.weight.k, up.weight.n / 2);
         let Swiglu { a, rows, gate } = form;
-        let (tile, tiles, lane_rows) = routing.tile(self.tokens, a, up.weight.experts);
-        let matrix = matches!(routing, Routing::ByMatrix(_));
+        let Carried { tile, tiles, rows: height } = routing.carried(self.tokens, a, &up.weight);
+        let (each, matrix) = (routing.routes(), matches!(routing, Routing::ByMatrix(_)));
+        let router = if let Routing::Chosen(router, ..) = routing { Some(router) } else { None };
         let (stride, second) = match rows {
             GateUp::Interleaved => (2, 1),
             GateUp::Halves => (1, f),
         };
         for part in &up.weight.parts {
             let (format, input, first, count) = (up.weight.format, x.format(), part.first, part.count);
-            let op = MoeUp { format, input, k, f, a, share, e: up.weight.experts, first, count, matrix, rows, gate };
+            let op =
+                MoeUp { format, input, k, f, a, share, e: up.weight.experts, first, count, each, router, rows, gate };
             let launch = match matrix {
                 true => {
                     let grid = [tiles, (2 * f).div_ceil(MATRIX_TILE[0]), 1];
                     Launch::new(Op::MoeUp(op), &MATRIX, grid).matrix_input(x)
                 }
                 false => {
-                    let grid = [f.div_ceil(4 * lane_rows), tiles, 1];
-                    Launch::new(Op::MoeUp(op), &KERNEL, grid).input(x).fill("tile", tile)
+                    let grid = [(2 * f).div_ceil(height), tiles, 1];
+                    Launch::new(Op::MoeUp(op), &KERNEL, grid).input(x).fill("tile", tile).constant("ROWS", height)
                 }
             };
             let launch = launch
@@ -148,7 +155,13 @@ impl MoeUp {
     pub(crate) fn twin(&self, tokens: usize, views: &mut Views<'_>) {
         let w = views.matrix(self.format, self.k as usize);
         let routes = tokens * self.a as usize;
-        let experts = views.experts(Group { e: self.e, a: self.a, matrix: self.matrix }, tokens);
+        if let Some(router) = self.router {
+            let scores = &views.f32("scores")[..tokens * router.e as usize];
+            let (experts, weights) = (views.words_mut("experts"), views.f32_mut("weights"));
+            router.reference(scores, experts, weights);
+            views.add_read("experts", experts);
+        }
+        let experts = views.experts(Group { e: self.e, a: self.a, routes: self.each }, tokens);
         let bias = if views.has("bias") { views.bf16("bias") } else { &[] };
         let x = views.input(self.input, routes / self.share as usize, self.k as usize);
         self.reference(&w, bias, &experts, &x, views.f32_mut("y"));

@@ -1,7 +1,7 @@
 //! Known answers of matmuls, embedding, routing, experts and scatter.
 
 use super::*;
-use crate::ops::{Group, Routing, Swiglu, Tile};
+use crate::ops::{Group, Routing, Swiglu};
 
 /// Weights 1.5 and inputs 1.5: 2.25 K, as in seed 2's "72.0 = 1.5^2 x K".
 pub(super) fn uniform_fp4(t: &mut Trial<'_>) -> Result<()> {
@@ -176,12 +176,13 @@ pub(super) fn integer_sums(t: &mut Trial<'_>) -> Result<()> {
 
 /// -(1 + 2^-7 + 2^-23) + (1 + 2^-7)(1 + 2^-23) is 2^-30 if the product is not rounded first, 0 if it is. WGSL allows both.
 pub(super) fn fused_multiply_add(t: &mut Trial<'_>) -> Result<()> {
-    let w = t.bf16([8, 8], |row, i| match i {
+    let w = t.bf16([8, 16], |row, i| match i {
         0 => -1.0,
         1 => 1.0 + two_to(-7),
         _ => (row * i) as f64, // met by zeros
     })?;
-    let x = [1.0 + two_to(-7) + two_to(-23), 1.0 + two_to(-23), 0.0, 0.0, 0.0, 0.0, 0.0, 0.0].map(exact);
+    let mut x = [0.0; 16];
+    x[..2].copy_from_slice(&[1.0 + two_to(-7) + two_to(-23), 1.0 + two_to(-23)].map(exact));
     let y = t.linear(&w, &x)?;
     if y.contains(&0.0) {
         t.note(ROUNDS_TWICE);
@@ -331,12 +332,12 @@ pub(super) fn experts(t: &mut Trial<'_>) -> Result<()> {
     let x: Vec<f32> = (0..tokens * a * k).map(|i| (i / k + 1) as f32).collect();
     let (chosen, x) = (t.input(&chosen)?, t.input(&x)?);
     let step = t.input(&[Step { tokens: tokens as u32, pad: [0; 3] }])?;
-    let group = Group { e: e as u32, a: a as u32, matrix: false };
-    let tiles = t.output(group.tiles(tokens as u32) as usize * size_of::<Tile>() / 4)?;
-    for routing in [Routing::Each(chosen), Routing::Grouped(tiles)] {
+    let group = Group { e: e as u32, a: a as u32, routes: 4 };
+    let tiles = t.output(group.tiles(tokens as u32) as usize * group.words())?;
+    for routing in [Routing::Each(chosen), Routing::Grouped(tiles, 4)] {
         let y = t.output(tokens * a * d)?;
         let mut p = program(tokens);
-        if let Routing::Grouped(tiles) = routing {
+        if let Routing::Grouped(tiles, _) = routing {
             p.group(group, step, chosen, tiles);
         }
         p.moe_down(&down, a as u32, routing, x, y);

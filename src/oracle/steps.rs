@@ -1,7 +1,7 @@
 //! Known answers of the small stages, and of a few stages run together: the same bits twice, no old scratch.
 
 use super::*;
-use crate::ops::{Gate, Glu, Group, HeadNorm, Routing, Swiglu, Tile};
+use crate::ops::{Gate, Glu, Group, HeadNorm, Routing, Swiglu};
 
 /// A row of one element 16 and 255 zeros has mean square 1: the gain comes out at its place. Rows of threes become the gain.
 pub(super) fn rms_norm(t: &mut Trial<'_>) -> Result<()> {
@@ -72,19 +72,20 @@ pub(super) fn silu(t: &mut Trial<'_>) -> Result<()> {
     Ok(())
 }
 
-/// x += y of integers, then rows picked backwards and twice.
+/// x + y of integers, then rows picked backwards and twice.
 pub(super) fn add_and_take(t: &mut Trial<'_>) -> Result<()> {
     let (d, tokens) = (70, 5);
     let y: Vec<f32> = (0..tokens * d).map(|i| exact(uneven(i) * 1024.0)).collect();
     let x: Vec<f32> = (0..tokens * d).map(|i| exact(uneven(i + 500))).collect();
     let (y, x) = (t.input(&y)?, t.input(&x)?);
     let mut p = program(tokens);
-    p.add(d as u32, y, x);
+    let sum = t.output(tokens * d)?;
+    p.add(d as u32, x, y, sum);
     t.device.run(&p)?;
     let picks = [4u32, 0, 3, 3, 1];
     let (slice, out) = (t.input(&picks)?, t.output(picks.len() * d)?);
     let mut p = program(picks.len());
-    p.take(d as u32, slice, x, out);
+    p.take(d as u32, slice, sum, out);
     let got = floats(&t.run(&p, out)?);
     let want = |i: usize| {
         let from = picks[i / d] as usize * d + i % d;
@@ -115,9 +116,9 @@ pub(super) fn block(t: &mut Trial<'_>, scratch: f32, times: usize) -> Result<Vec
     let (normed, scores, inner) = (scratch_of(d)?, scratch_of(e)?, scratch_of(a * d)?);
     let (outer, sum) = (scratch_of(a * d)?, scratch_of(d)?);
     let routes = Routes { experts: scratch_of(a)?, weights: scratch_of(a)? };
-    let group = Group { e: e as u32, a: a as u32, matrix: false };
-    let tiles = t.input(&vec![scratch; group.tiles(room as u32) as usize * size_of::<Tile>() / 4])?;
-    let grouped = Routing::Grouped(tiles);
+    let group = Group { e: e as u32, a: a as u32, routes: 4 };
+    let tiles = t.input(&vec![scratch; group.tiles(room as u32) as usize * group.words()])?;
+    let grouped = Routing::Grouped(tiles, 4);
     let mut p = program(tokens);
     p.rms_norm(RmsNorm { d: d as u32, eps: 1e-5 }, x, gain, normed);
     p.linear(step, &router, None, normed, scores);

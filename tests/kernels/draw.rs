@@ -67,29 +67,29 @@ fn logits_that_are_no_numbers_are_told() {
     }
 }
 
-/// x, h and the weighted sum, of rows or of routes; fused or one after the other.
+/// The sum and h, of rows or of routes; fused or one after the other.
 fn sum_case(b: &mut Bench, [t, d, a]: [usize; 3], routed: bool, fused: bool) -> (Program, Vec<Slice>) {
     let mut random = Random((t + d + a) as u64);
     let norm = RmsNorm { d: d as u32, eps: 1e-5 };
-    let (x, g) = (b.guarded(&random.f32s(t * d)), b.input(&random.bf16s(d)));
+    let (x, g) = (b.input(&random.f32s(t * d)), b.input(&random.bf16s(d)));
     let (weights, y) = (b.input(&random.f32s(t * a)), b.input(&random.f32s(t * a * d)));
-    let (h, sum) = (b.output(t * d), b.output(t * d));
+    let (h, sum, scattered) = (b.output(t * d), b.output(t * d), b.output(t * d));
     let routes = Routes { experts: weights, weights };
     let mut p = program(t);
     let addend = match routed {
-        true => Addend::Routes { a: a as u32, routes, x: y, sum },
+        true => Addend::Routes { a: a as u32, routes, x: y, sum: scattered },
         false => Addend::Rows(y),
     };
     if fused {
-        p.add_norm(norm, addend, x, g, h);
+        p.add_norm(norm, x, addend, g, [sum, h]);
     } else {
         if routed {
-            p.moe_scatter(MoeScatter { a: a as u32, d: norm.d }, routes, y, sum);
+            p.moe_scatter(MoeScatter { a: a as u32, d: norm.d }, routes, y, scattered);
         }
-        p.add(norm.d, if routed { sum } else { y }, x);
-        p.rms_norm(norm, x, g, h);
+        p.add(norm.d, x, if routed { scattered } else { y }, sum);
+        p.rms_norm(norm, sum, g, h);
     }
-    (p, if routed { vec![x, h, sum] } else { vec![x, h] })
+    (p, vec![sum, h])
 }
 
 #[test]

@@ -3,36 +3,35 @@
 use super::{FORMATS, Format, check_on, experts, linear_case, matrix, output_of, program, routes, step, weight};
 use crate::harness::{Bench, Random, cpu, gpus, small_binding_gpu, sum_tolerance};
 use fourfold::ops::{
-    ActScale, Experts, Gate, GateUp, Group, Input, Op, Routing, StageActivation, Staging, Swiglu, Tile, staged_words,
+    ActScale, Experts, Gate, GateUp, Group, Input, Op, Routing, StageActivation, Staging, Swiglu, staged_words,
 };
 use fourfold::program::{Program, Slice};
-
-const TILE_WORDS: usize = size_of::<Tile>() / 4;
 
 fn tiles_case(b: &mut Bench, op: Group, chosen: &[u32]) -> (Program, Vec<Slice>) {
     let t = chosen.len() / op.a as usize;
     let (step, experts) = (step(b, t), b.input(chosen));
-    let tiles = b.output(op.tiles(t as u32) as usize * TILE_WORDS);
+    let tiles = b.output(op.tiles(t as u32) as usize * op.words());
     let mut p = program(t);
     p.group(op, step, experts, tiles);
     (p, vec![tiles])
 }
 
 /// What tiles must be, said without the twin: each route once, in a tile of its expert, experts and routes in order.
-fn assert_whole(tiles: &[Tile], chosen: &[u32], what: &str) {
-    let used = tiles.iter().position(|tile| tile.count == 0).unwrap_or(tiles.len());
+fn assert_whole(op: Group, words: &[u32], chosen: &[u32], what: &str) {
+    let tiles: Vec<&[u32]> = words.chunks_exact(op.words()).collect();
+    let used = tiles.iter().position(|tile| tile[1] == 0).unwrap_or(tiles.len());
     let (used, unused) = tiles.split_at(used);
-    assert!(unused.iter().all(|tile| *tile == Tile::default()), "{what}: unused tiles are empty, and last");
+    assert!(unused.iter().all(|tile| tile.iter().all(|word| *word == 0)), "{what}: unused tiles are empty, and last");
     let mut listed = Vec::new();
     for tile in used {
-        let (some, rest) = tile.routes.split_at(tile.count as usize);
+        let (some, rest) = tile[2..].split_at(tile[1] as usize);
         assert!(rest.iter().all(|route| *route == 0), "{what}: {tile:?}");
-        listed.extend(some.iter().map(|route| (tile.expert, *route)));
+        listed.extend(some.iter().map(|route| (tile[0], *route)));
     }
     let mut want: Vec<(u32, u32)> = chosen.iter().zip(0..).map(|(expert, route)| (*expert, route)).collect();
     want.sort_unstable();
     assert!(listed == want, "{what}: {listed:?}");
-    let full = used.windows(2).all(|two| two[0].expert < two[1].expert || two[0].count == 8);
+    let full = used.windows(2).all(|two| two[0][0] < two[1][0] || two[0][1] == op.routes);
     assert!(full, "{what}: only an expert's last tile has room");
 }
 
@@ -53,8 +52,8 @@ fn tiles_hold_each_route_once_in_order() {
         (2048, 1024, 16),
         (2048, 8, 2),
     ];
-    for (t, e, a) in shapes {
-        let op = Group { e: e as u32, a: a as u32, matrix: false };
+    for ((t, e, a), routes_of_a_tile) in shapes.into_iter().flat_map(|shape| [2, 4, 64].map(|routes| (shape, routes))) {
+        let op = Group { e: e as u32, a: a as u32, routes: routes_of_a_tile };
         let mut random = Random((t * e) as u64);
         let mut cases = vec![("first", vec![0; t * a]), ("last", vec![e as u32 - 1; t * a])];
         // Of as many experts as routes want, and of a few, the rest without any.
@@ -65,9 +64,9 @@ fn tiles_hold_each_route_once_in_order() {
             cases.push(("routes", routes(&mut random, t, e, a)));
         }
         for (name, chosen) in cases {
-            let what = format!("T={t} E={e} A={a}, {name}");
+            let what = format!("T={t} E={e} A={a}, {name}, tiles of {routes_of_a_tile}");
             let want = output_of(&cpu(), |b| tiles_case(b, op, &chosen));
-            assert_whole(bytemuck::cast_slice(&want), &chosen, &what);
+            assert_whole(op, &want, &chosen, &what);
             for (gpu, device) in gpus() {
                 let got = output_of(device, |b| tiles_case(b, op, &chosen));
                 assert!(got == want, "{what}: other tiles on {gpu}");
@@ -79,15 +78,15 @@ fn tiles_hold_each_route_once_in_order() {
 #[test]
 fn there_is_room_for_as_many_tiles_as_there_can_be() {
     for (e, a) in [(1, 1), (4, 2), (5, 3), (32, 4), (128, 8)] {
-        let op = Group { e, a, matrix: false };
+        let op = Group { e, a, routes: 4 };
         for t in 1..70 {
             // As many experts as possible with one route more than fills their tiles.
             let routes = t * a;
             let mut counts = vec![0u32; e as usize];
             (0..routes.min(e)).for_each(|i| counts[i as usize] += 1);
-            (0..routes.saturating_sub(e) / 8).for_each(|i| counts[(i % e) as usize] += 8);
+            (0..routes.saturating_sub(e) / 4).for_each(|i| counts[(i % e) as usize] += 4);
             counts[0] += routes - counts.iter().sum::<u32>();
-            let used: u32 = counts.iter().map(|n| n.div_ceil(8)).sum();
+            let used: u32 = counts.iter().map(|n| n.div_ceil(4)).sum();
             assert!(used <= op.tiles(t) && op.tiles(t) < used + 2, "E={e} A={a} T={t}: {used}, {}", op.tiles(t));
         }
     }
@@ -96,9 +95,8 @@ fn there_is_room_for_as_many_tiles_as_there_can_be() {
 /// How a case gives its routes and rows.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Form {
-    pub(super) grouped: bool,
-    /// In tiles for matrix units.
-    pub(super) matrix: bool,
+    /// Most of a tile; 1: one by one; 64: for matrix units.
+    pub(super) routes: u32,
     /// Rows quantised with a scale of their own.
     pub(super) staged: bool,
     /// Every route reads a row of its own.
@@ -107,18 +105,17 @@ pub(super) struct Form {
     pub(super) halves: bool,
 }
 
-pub(super) const PLAIN: Form = Form { grouped: true, matrix: false, staged: false, spread: false, halves: false };
+pub(super) const PLAIN: Form = Form { routes: 4, staged: false, spread: false, halves: false };
 
 fn given(b: &mut Bench, p: &mut Program, [e, a]: [usize; 2], chosen: &[u32], form: Form) -> Routing {
     let experts = b.input(chosen);
-    if !form.grouped {
+    if form.routes == 1 {
         return Routing::Each(experts);
     }
-    let op = Group { e: e as u32, a: a as u32, matrix: form.matrix };
-    let words = if form.matrix { 66 } else { TILE_WORDS };
-    let (step, tiles) = (step(b, chosen.len() / a), b.output(op.tiles(p.tokens()) as usize * words));
+    let op = Group { e: e as u32, a: a as u32, routes: form.routes };
+    let (step, tiles) = (step(b, chosen.len() / a), b.output(op.tiles(p.tokens()) as usize * op.words()));
     p.group(op, step, experts, tiles);
-    if form.matrix { Routing::ByMatrix(tiles) } else { Routing::Grouped(tiles) }
+    if form.routes == 64 { Routing::ByMatrix(tiles) } else { Routing::Grouped(tiles, form.routes) }
 }
 
 /// `x [R, k]`, as it is or quantised.
@@ -184,8 +181,13 @@ fn tile_of(p: &Program) -> &'static str {
 
 #[test]
 fn grouped_routes_have_the_bits_of_single_ones() {
-    // Tiles of one route to full ones, with two rows of weights a lane and with four; outputs that end within a tile.
-    for ([t, e, a], tile) in [([5, 7, 3], "tile_8"), ([16, 32, 4], "tile_8"), ([26, 5, 4], "tile_8x4")] {
+    // Tiles of one route to full ones; outputs that end within a workgroup's.
+    for ([t, e, a], routes, tile) in [
+        ([5, 7, 3], 2, "tile_2x4"),
+        ([16, 32, 4], 2, "tile_2x4"),
+        ([5, 7, 3], 4, "tile_4x2"),
+        ([26, 5, 4], 4, "tile_4x2"),
+    ] {
         for format in FORMATS {
             let k = 96usize.next_multiple_of(format.block());
             for (staged, spread, halves) in [(false, false, false), (true, false, true), (true, true, false)] {
@@ -195,21 +197,21 @@ fn grouped_routes_have_the_bits_of_single_ones() {
                 for (second, n) in [(false, 13), (true, 35)] {
                     let form = Form { staged, spread, halves, ..PLAIN };
                     let what = format!("{format} T={t} E={e} A={a} second={second} {form:?}");
-                    let case = |b: &mut Bench, grouped| {
-                        let form = Form { grouped, ..form };
-                        let (p, y) = moe_case(b, format, [t, e, a, n, k], form, second, &all(t));
-                        assert_eq!(tile_of(&p), if grouped { tile } else { "tile_1x2" }, "{what}");
+                    let case = |b: &mut Bench, routes| {
+                        let (p, y) = moe_case(b, format, [t, e, a, n, k], Form { routes, ..form }, second, &all(t));
+                        let single = if format == Format::Bf16 { "tile_1x2" } else { "tile_1x8" };
+                        assert_eq!(tile_of(&p), if routes == 1 { single } else { tile }, "{what}");
                         (p, y)
                     };
-                    let twin = |grouped| output_of(&cpu(), |b| case(b, grouped));
-                    assert!(twin(true) == twin(false), "{what}: other bits on the twins");
+                    let twin = |routes| output_of(&cpu(), |b| case(b, routes));
+                    assert!(twin(routes) == twin(1), "{what}: other bits on the twins");
                     for (gpu, device) in gpus() {
-                        let [each, grouped] = [false, true].map(|grouped| output_of(device, |b| case(b, grouped)));
+                        let [each, grouped] = [1, routes].map(|routes| output_of(device, |b| case(b, routes)));
                         assert!(each == grouped, "{what}: other bits on {gpu}");
                     }
                     // Equal bits of wrong numbers are equal, too.
                     let near = if staged { 2e-5 } else { 2.0 * sum_tolerance(k) };
-                    check_on(&what, near, gpus().get(..1).unwrap_or_default(), |b| case(b, true));
+                    check_on(&what, near, gpus().get(..1).unwrap_or_default(), |b| case(b, routes));
                 }
             }
         }
@@ -223,18 +225,18 @@ fn a_row_has_its_bits_alone_and_among_others_in_any_order() {
         for (format, staged) in [(Format::Mxfp4, false), (Format::Nvfp4, true), (Format::Bf16, false)] {
             for (second, n, k) in [(false, 9, 352), (true, 19, 352)] {
                 let width = a * n;
-                let case = |grouped: bool, which: &[usize]| {
-                    let form = Form { grouped, staged, ..PLAIN };
+                let case = |routes: u32, which: &[usize]| {
+                    let form = Form { routes, staged, ..PLAIN };
                     output_of(device, |b| moe_case(b, format, [t, e, a, n, k], form, second, which))
                 };
-                let whole = case(true, &all(t));
+                let whole = case(4, &all(t));
                 let mut random = Random(7);
                 for count in [1, 2, 3, 4, 5, 8, 9, 16, 17, 33, 64] {
                     // Any rows in any order; one row the way a single token goes.
                     let mut which = all(t);
                     (0..count).for_each(|i| which.swap(i, i + random.below(t - i)));
                     which.truncate(count);
-                    let some = case(count > 2, &which);
+                    let some = case([1, 2, 4][count % 3], &which);
                     for (i, row) in which.iter().enumerate() {
                         let same = some[i * width..][..width] == whole[row * width..][..width];
                         assert!(same, "{format} second={second}: row {row}, one of {count}, has other bits on {gpu}");
@@ -265,7 +267,8 @@ fn a_row_of_linear_has_its_bits_in_every_tile() {
                 (p, vec![y])
             };
             let whole = output_of(device, |b| case(b, &all(64)));
-            for (count, tile) in [(1, "tile_1"), (3, "tile_1"), (4, "tile_8"), (13, "tile_8"), (16, "tile_8x4")] {
+            for (count, tile) in [(1, "tile_1x2"), (2, "tile_2x4"), (3, "tile_4x2"), (13, "tile_4x2"), (16, "tile_4x2")]
+            {
                 let which: Vec<usize> = (0..count).map(|i| (i * 29 + count) % 64).collect();
                 let some = output_of(device, |b| {
                     let (p, y) = case(b, &which);
@@ -286,7 +289,7 @@ fn wide_tiles_of_linear_hold_to_the_twin() {
     for (format, [t, n, k]) in [(Format::Mxfp4, [17, 531, 96]), (Format::Bf16, [24, 512, 160])] {
         check_on(&format!("linear {format} T={t} N={n}"), sum_tolerance(k), gpus(), |b| {
             let (p, y) = linear_case(b, format, [t, n, k], true, 0..t);
-            assert_eq!(tile_of(&p), "tile_8x4");
+            assert_eq!(tile_of(&p), "tile_4x2");
             (p, y)
         });
     }
@@ -297,18 +300,18 @@ fn grouped_routes_and_wide_tiles_go_through_a_split_weight() {
     let Some(small) = small_binding_gpu(12288) else { return };
     let whole = &gpus()[0].1;
     for (second, n) in [(false, 33), (true, 67)] {
-        let case = |b: &mut Bench, grouped| {
-            let form = Form { grouped, ..PLAIN };
+        let case = |b: &mut Bench, routes| {
+            let form = Form { routes, ..PLAIN };
             moe_case(b, Format::Mxfp4, [9, 7, 3, n, 96], form, second, &all(9))
         };
         let parts = |p: &Program| p.launches.iter().filter(|l| matches!(l.op, Op::MoeUp(_) | Op::MoeDown(_))).count();
         let in_parts = output_of(&small, |b| {
-            let (p, y) = case(b, true);
+            let (p, y) = case(b, 4);
             assert_eq!(parts(&p), 3, "seven experts in three parts");
             (p, y)
         });
-        for grouped in [false, true] {
-            assert!(in_parts == output_of(whole, |b| case(b, grouped)), "second={second}: parts have other bits");
+        for routes in [1, 2, 4] {
+            assert!(in_parts == output_of(whole, |b| case(b, routes)), "second={second}: parts have other bits");
         }
     }
     // 600 rows of 176 bytes: parts of 272, which have narrower tiles than the whole.
@@ -320,7 +323,7 @@ fn grouped_routes_and_wide_tiles_go_through_a_split_weight() {
 #[test]
 fn a_short_step_does_not_see_the_tiles_of_a_longer_one() {
     let (e, a, n, k) = (5, 2, 9, 96);
-    let op = Group { e: e as u32, a: a as u32, matrix: false };
+    let op = Group { e: e as u32, a: a as u32, routes: 2 };
     let devices: Vec<_> = gpus().iter().map(|(_, device)| device.clone()).chain([cpu()]).collect();
     for device in devices {
         let mut b = Bench::new(&device);
@@ -329,13 +332,13 @@ fn a_short_step_does_not_see_the_tiles_of_a_longer_one() {
         // Every token has a route to expert 4 first; then none has, and no route of expert 4 may be left.
         let (long, short) = ([4, 3].repeat(40), [0, 1, 2, 0, 1, 0, 3, 2]);
         let (all, x) = (b.input(&long), b.input(&random.f32s(40 * a * k)));
-        let (few, tiles) = (b.input(&short), b.output(op.tiles(40) as usize * TILE_WORDS));
+        let (few, tiles) = (b.input(&short), b.output(op.tiles(40) as usize * op.words()));
         let (steps, outputs) = ([40, 4].map(|t| step(&mut b, t)), [b.output(40 * a * n), b.output(4 * a * n)]);
         let each = b.output(4 * a * n);
         for (t, step, experts, y) in [(40, steps[0], all, outputs[0]), (4, steps[1], few, outputs[1])] {
             let mut p = program(t);
             p.group(op, step, experts, tiles);
-            p.moe_down(&down, a as u32, Routing::Grouped(tiles), x, y);
+            p.moe_down(&down, a as u32, Routing::Grouped(tiles, 2), x, y);
             b.run(&p, &[y]);
         }
         let mut p = program(4);

@@ -62,7 +62,7 @@ fn experts_by_matrix_units() {
         for ([t, e, a], halves) in [([1, 4, 2], false), ([70, 5, 4], false), ([40, 3, 2], true), ([130, 2, 1], true)] {
             let k = 96usize.next_multiple_of(format.block());
             for (second, n) in [(false, 70), (true, 135)] {
-                let form = Form { matrix: true, halves, ..PLAIN };
+                let form = Form { routes: 64, halves, ..PLAIN };
                 let run = |device: &Arc<dyn Device>, which: &[usize]| {
                     output_of(device, |b| moe_case(b, format, [t, e, a, n, k], form, second, which))
                 };

@@ -40,6 +40,7 @@ pub(super) fn limits(adapter: &AdapterFacts) -> Limits {
     Limits {
         max_binding_bytes: adapter.max_binding_bytes.min(adapter.max_buffer_bytes),
         max_grid: adapter.max_grid,
+        max_storage_buffers: 8,
         matrix: false,
     }
 }

@@ -135,6 +135,7 @@ impl Gpu {
                 .min(facts.max_buffer_bytes)
                 .min(options.max_binding_bytes.unwrap_or(u64::MAX)),
             max_grid: facts.max_grid,
+            max_storage_buffers: device.limits().max_storage_buffers_per_shader_stage,
             matrix,
         };
         let smallest = device.adapter_info().subgroup_min_size;

@@ -119,14 +119,22 @@ fn compile(device: &wgpu::Device, launch: &Launch, options: Compile, cache: Opti
     let mut fillings = launch.fillings.clone();
     let choices = [
         ("reduce", if options.subgroups { "reduce_subgroup" } else { "reduce_shared" }),
+        ("fold", if options.subgroups { "fold_subgroup" } else { "fold_shared" }),
         ("lanes", if options.wide { "lanes_32" } else { "lanes_8" }),
         ("e2m1", if options.table_decode { "e2m1_table" } else { "e2m1_half" }),
     ];
     let open = |slot: &str| launch.kernel.slots.iter().any(|s| s.name == slot);
     fillings.extend(choices.into_iter().filter(|(slot, _)| open(slot)));
+    let mut constants = launch.constants.clone();
     let name = shader::label(launch.kernel, &fillings);
     let source = shader::compose(launch.kernel, &fillings);
     let parsed = shader::parse(&name, &source).map_err(Error::Device)?;
+    if parsed.overrides.iter().any(|(_, o)| o.name.as_deref() == Some("WARPS")) {
+        let width = |wanted| launch.constants.iter().find(|(name, _)| *name == wanted).map(|(_, width)| *width as u32);
+        let width = width("K").or_else(|| width("D")).expect("a kernel whose lanes share a row has its width");
+        let lanes = if options.wide { 32 } else { 8 };
+        constants.push(("WARPS", f64::from(width.div_ceil(16).div_ceil(lanes).clamp(1, 8))));
+    }
     let bindings = shader::bindings(&parsed);
     let scope = device.push_error_scope(wgpu::ErrorFilter::Validation);
     let internal = device.push_error_scope(wgpu::ErrorFilter::Internal);
@@ -137,7 +145,7 @@ fn compile(device: &wgpu::Device, launch: &Launch, options: Compile, cache: Opti
         module: &module,
         entry_point: Some("main"),
         compilation_options: wgpu::PipelineCompilationOptions {
-            constants: &launch.constants,
+            constants: &constants,
             // Every kernel writes its workgroup memory before it reads it.
             zero_initialize_workgroup_memory: false,
         },

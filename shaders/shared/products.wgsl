@@ -1,0 +1,68 @@
+// products: rows of weights times rows of inputs, the heart of every matmul without matrix units. A workgroup has ROWS rows
+// of weights and TOKENS rows of inputs. Its lanes share K, sixteen elements each: a lane keeps its part of the inputs and
+// lets the weights pass, BATCH rows at a time. So a weight is read and decoded once for all TOKENS.
+//
+// The order of a sum is the same for any ROWS, TOKENS and BATCH: a lane's sixteen products in index order; a tree over the
+// LANES of a span (`fold`); a group's spans, WARPS apart, in order; then the groups in order.
+//
+// The kernel gives weight_row(l), where row l of ROWS stands in the matrix, and input_row(j), where row j of TOKENS stands
+// in the input; both always name a row that exists.
+#import warps
+#import tile
+#import weights
+#import input
+#import dot16
+#import fold
+override K: u32;
+override ROWS: u32; // a multiple of BATCH, at most 32
+var<workgroup> found: array<f32, 32u * TOKENS * 8u>;
+
+// Find all sums of the workgroup: every lane must call it, once.
+fn multiply(lane: u32) {
+    let warp = lane / LANES;
+    let slot = folded(lane) * WARPS + warp;
+    for (var start = 0u; start < K / 16u; start += LANES * WARPS) {
+        // Past the end the last chunk again, for nothing.
+        let there = start + lane < K / 16u;
+        let i = min(start + lane, K / 16u - 1u);
+        var xs: array<Sixteen, TOKENS>;
+        for (var j = 0u; j < TOKENS; j++) {
+            xs[j] = in_units(input_at(input_row(j), K / 16u, i));
+        }
+        var next: array<Stored, BATCH>;
+        for (var b = 0u; b < BATCH; b++) {
+            next[b] = stored_at(weight_row(b), K / 16u, i);
+        }
+        for (var l = 0u; l < ROWS; l += BATCH) {
+            let stored = next;
+            for (var b = 0u; b < BATCH; b++) { // on their way while these are multiplied
+                next[b] = stored_at(weight_row(min(l + BATCH, ROWS - BATCH) + b), K / 16u, i);
+            }
+            var values: array<f32, VALUES>;
+            for (var b = 0u; b < BATCH; b++) {
+                let w = opened(stored[b]);
+                for (var j = 0u; j < TOKENS; j++) {
+                    values[b * TOKENS + j] = select(0.0, dot16(w, xs[j]), there);
+                }
+            }
+            var sum = fold(&values, lane);
+            if lane % LANES < VALUES {
+                let at = l * TOKENS * WARPS + slot;
+                if start > 0u {
+                    sum += found[at]; // which this lane wrote
+                }
+                found[at] = sum;
+            }
+        }
+    }
+    workgroupBarrier(); // all sums are found
+}
+
+// The sum of row l of weights and row j of inputs, after `multiply`.
+fn product(l: u32, j: u32) -> f32 {
+    var sum = 0.0;
+    for (var warp = 0u; warp < WARPS; warp++) {
+        sum += found[(l * TOKENS + j) * WARPS + warp];
+    }
+    return sum;
+}

@@ -1,9 +1,0 @@
-// Fills slot `tiles`: at most eight routes that go to one expert, as many as a lane carries. Rust has the same struct in
-// src/ops/group.rs.
-const TILE_ROUTES = 8u;
-
-struct Tile {
-    expert: u32,
-    count: u32, // 0 in a tile that is not used
-    routes: array<u32, 8>, // `count` of them, then zeros
-}

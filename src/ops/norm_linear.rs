@@ -1,0 +1,137 @@
+//! Adding, normalising, multiplying, and perhaps rotating one row, in one launch: what a decode step does most.
+
+use super::linear::{Linear, Projection};
+use super::{AddNorm, Addend, InputFormat, KvCache, Op, RmsNorm, Rope, Views};
+use crate::program::{Launch, Program, Slice};
+use crate::shader::{ADDED_INPUT, ADDEND, APPEND, BIAS, E2M1, FOLD, Kernel, LANES, OUTPUT, REDUCE, TILE, WEIGHTS};
+
+pub(crate) const KERNEL: Kernel = Kernel {
+    name: "norm_linear",
+    source: include_str!("../../shaders/norm_linear.wgsl"),
+    slots: &[WEIGHTS, E2M1, ADDED_INPUT, ADDEND, BIAS, OUTPUT, APPEND, TILE, LANES, FOLD, REDUCE],
+};
+
+/// Constants.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct NormLinear {
+    /// What is added, and the norm.
+    pub norm: AddNorm,
+    /// The matrix: all of its rows, f32 inputs.
+    pub linear: Linear,
+    /// What the result is rotated by, if it is queries, keys and values.
+    pub rope: Option<Rope>,
+}
+
+/// Where queries, keys and values go.
+#[derive(Clone, Copy, Debug)]
+pub struct Rotated {
+    /// Query heads, key/value heads, head size.
+    pub heads: [u32; 3],
+    /// `Row [1]`.
+    pub rows: Slice,
+    /// `[C, Dh/2]` pairs of cos and sin.
+    pub table: Slice,
+    /// The cache.
+    pub cache: KvCache,
+}
+
+impl Program {
+    /// `sum = x + addend; h = norm(sum); y = w h + bias`, of one row; `y` is rotated and appended as by [`Program::rope`] where
+    /// `rotated` says so, and keys and values are not written to it. The projection is one matrix in one part.
+    pub fn norm_linear(
+        &mut self,
+        norm: RmsNorm,
+        (x, addend, g): (Slice, Addend, Slice),
+        [sum, h]: [Slice; 2],
+        w: &Projection,
+        rotated: Option<Rotated>,
+        y: Slice,
+    ) {
+        let ([piece], [part]) = (&w.pieces[..], &w.pieces[0].weight.parts[..]) else {
+            unreachable!("`NormLinear::takes` was asked")
+        };
+        let (weight, n) = (&piece.weight, w.n);
+        let (format, k) = (weight.format, weight.k);
+        let rows = if n < 512 { 4 } else { 16 };
+        let rope = rotated.map(|r| {
+            let [h, hk, dh] = r.heads;
+            Rope { h, hk, dh, page: r.cache.page, pages: r.cache.pages, format: r.cache.format }
+        });
+        let op = NormLinear {
+            norm: AddNorm { norm, routes: addend.routes() },
+            linear: Linear { format, input: InputFormat::F32, k, n, first: 0, count: n },
+            rope,
+        };
+        let launch = Launch::new(Op::NormLinear(op), &KERNEL, [n.div_ceil(rows), 1, 1])
+            .constant("K", k)
+            .constant("N", n)
+            .constant("EPS", norm.eps)
+            .constant("ROWS", rows)
+            .fill("input", "input_added")
+            .fill("tile", "tile_1x2")
+            .addend(addend)
+            .weight(format, part)
+            .bias(w.bias)
+            .read("x", x)
+            .read("g", g)
+            .write("sum", sum)
+            .write("h", h)
+            .update("y", y);
+        let launch = match rotated {
+            None => launch.fill("output", "output_rows"),
+            Some(Rotated { heads: [h, hk, dh], rows, table, cache }) => launch
+                .fill("output", "output_rotated")
+                .fill("append", cache.format.filling("append"))
+                .constant("H", h)
+                .constant("HK", hk)
+                .constant("DH", dh)
+                .constant("PAGE", cache.page)
+                .constant("PAGES", cache.pages)
+                .read("rows", rows)
+                .read("table", table)
+                .read("pages", cache.table)
+                .update("keys", cache.keys)
+                .update("values", cache.values),
+        };
+        self.push(launch);
+    }
+}
+
+impl NormLinear {
+    /// Storage buffers that a launch may bind.
+    pub const BINDINGS: u32 = 16;
+
+    /// Whether this projection can be multiplied so.
+    pub fn takes(w: &Projection) -> bool {
+        w.pieces.len() == 1 && w.pieces[0].weight.parts.len() == 1
+    }
+
+    pub(crate) fn twin(&self, views: &mut Views<'_>) {
+        let (k, n) = (self.linear.k as usize, self.linear.n as usize);
+        let w = views.matrix(self.linear.format, k);
+        let bias = if views.has("bias") { views.bf16("bias") } else { &[] };
+        let x = &views.f32("x")[..k];
+        let weights = if self.norm.routes.is_some() { views.f32("route_weights") } else { &[] };
+        let (addends, g) = (views.f32("addends"), views.bf16("g"));
+        let h = &mut views.f32_mut("h")[..k];
+        self.norm.reference(x, addends, weights, g, views.f32_mut("sum"), h);
+        let y = &mut views.f32_mut("y")[..n];
+        let Some(rope) = self.rope else {
+            self.linear.reference(&w, bias, h, y);
+            return;
+        };
+        let mut qkv = vec![0.0; n];
+        self.linear.reference(&w, bias, h, &mut qkv);
+        let rows = &bytemuck::cast_slice(views.words("rows"))[..1];
+        let (table, pages) = (views.f32("table"), views.words("pages"));
+        rope.reference(rows, table, pages, &mut qkv, views.words_mut("keys"), views.words_mut("values"));
+        let queries = (rope.h * rope.dh) as usize;
+        y[..queries].copy_from_slice(&qkv[..queries]);
+    }
+
+    /// `x`, `sum`, `h`: `[K]`; `y`: `[N]`, not rotated. The parts are [`AddNorm::reference`], [`Linear::reference`] and
+    /// [`Rope::reference`].
+    pub fn reference(&self) -> (AddNorm, Linear, Option<Rope>) {
+        (self.norm, self.linear, self.rope)
+    }
+}

@@ -1,0 +1,150 @@
+//! Launches that do what several others do: the same bits, and near the twin.
+
+use super::{FORMATS, check_on, experts, matrix, program, step, weight};
+use crate::harness::{Bench, Random, gpus, sum_tolerance};
+use fourfold::format::Format;
+use fourfold::ops::{
+    Addend, CacheFormat, KvCache, NormLinear, Piece, Projection, RmsNorm, Rotated, Router, Routes, Routing, Row, Swiglu,
+};
+use fourfold::program::{Program, Slice};
+
+const EPS: f32 = 1e-5;
+
+/// One row: sum, h, and y or what is rotated of it. D, N and routes; heads where y is queries, keys and values.
+fn norm_linear_case(
+    b: &mut Bench,
+    format: Format,
+    ([d, n], a): ([usize; 2], Option<usize>),
+    heads: Option<([u32; 3], CacheFormat)>,
+    fused: bool,
+) -> (Program, Vec<Slice>) {
+    let mut random = Random((d * n) as u64);
+    let norm = RmsNorm { d: d as u32, eps: EPS };
+    let bytes = matrix(&mut random, format, n, d);
+    let weight = weight(b, format, [n, d], &bytes);
+    let bias = if n.is_multiple_of(3) { None } else { Some(b.input(&random.bf16s(n + n % 2))) };
+    let piece = Piece { weight, first: 0, input_scale: None };
+    let w = Projection { pieces: vec![piece], n: n as u32, bias };
+    assert!(NormLinear::takes(&w));
+    let (x, g) = (b.input(&random.f32s(d)), b.input(&random.bf16s(d)));
+    let addends = b.input(&random.f32s(a.unwrap_or(1) * d));
+    let weights = b.input(&random.f32s(a.unwrap_or(1)));
+    let (sum, h, scattered) = (b.output(d), b.output(d), b.output(d));
+    let y = if heads.is_some() { b.guarded(&vec![0.25; n]) } else { b.output(n) };
+    let routes = Routes { experts: weights, weights };
+    let addend = match a {
+        Some(a) => Addend::Routes { a: a as u32, routes, x: addends, sum: scattered },
+        None => Addend::Rows(addends),
+    };
+    let mut outputs = vec![sum, h, y];
+    let rotated = heads.map(|([q, hk, dh], format)| {
+        let (page, pages) = (4, 3);
+        let elements = (2 * page * pages * hk * dh) as usize;
+        let words = if format == CacheFormat::F32 { elements } else { elements / 2 };
+        let cache = KvCache {
+            format,
+            page,
+            pages,
+            table: b.input(&[5u32, 0, 2, 4, 1, 3]),
+            keys: b.guarded(&vec![7.0; words]),
+            values: b.guarded(&vec![8.0; words]),
+        };
+        let row = Row { token: 3, sequence: 1, position: 9, pad: 0 };
+        let rows = b.input(bytemuck::cast_slice::<_, u32>(&[row]));
+        let table = b.input(&random.f32s(16 * dh as usize));
+        outputs = vec![sum, h, y, cache.keys, cache.values];
+        Rotated { heads: [q, hk, dh], rows, table, cache }
+    });
+    let step = step(b, 1);
+    let mut p = program(1);
+    if fused {
+        p.norm_linear(norm, (x, addend, g), [sum, h], &w, rotated, y);
+    } else {
+        p.add_norm(norm, x, addend, g, [sum, h]);
+        p.projection(step, &w, h, y);
+        if let Some(Rotated { heads, rows, table, cache }) = rotated {
+            p.rope(heads, rows, table, y, cache);
+        }
+    }
+    w.pieces.into_iter().for_each(|piece| b.keep(piece.weight));
+    (p, outputs)
+}
+
+#[test]
+fn norm_linear_has_the_bits_of_its_parts() {
+    // Rows of one group of lanes and of several, matrices that end within a workgroup, all that can be filled in.
+    let shapes = [([64, 32], None), ([576, 515], Some(4)), ([4128, 40], Some(3))];
+    let heads = [([2, 1, 8], CacheFormat::F32), ([5, 2, 20], CacheFormat::Bf16)];
+    for format in FORMATS {
+        let rounded = |d: usize| d.next_multiple_of(format.block());
+        let plain = shapes.map(|([d, n], a)| (([rounded(d), n], a), None));
+        let turned = heads.map(|(heads @ [h, hk, dh], cache)| {
+            (([rounded(352), ((h + 2 * hk) * dh) as usize], Some(2)), Some((heads, cache)))
+        });
+        for (shape, heads) in plain.into_iter().chain(turned) {
+            let what = format!("norm_linear {format} {shape:?} {heads:?}");
+            // A cache in bf16 has its own steps.
+            if heads.is_none_or(|(_, cache)| cache == CacheFormat::F32) {
+                let near = 8.0 * sum_tolerance(shape.0[0] + shape.1.unwrap_or(1));
+                check_on(&what, near, gpus(), |b| norm_linear_case(b, format, shape, heads, true));
+            }
+            for (gpu, device) in gpus() {
+                let run = |fused| {
+                    let mut b = Bench::new(device);
+                    let (p, outputs) = norm_linear_case(&mut b, format, shape, heads, fused);
+                    assert_eq!(p.launches.len(), if fused { 1 } else { 2 + usize::from(heads.is_some()) });
+                    let mut words = b.run(&p, &outputs);
+                    if let Some(([q, _, dh], _)) = heads {
+                        words[2].truncate((q * dh) as usize); // keys and values stand in the cache only
+                    }
+                    words
+                };
+                assert!(run(true) == run(false), "{what}: other bits on {gpu}");
+            }
+        }
+    }
+}
+
+#[test]
+fn experts_that_choose_have_the_bits_of_those_that_are_told() {
+    for ([t, e, a, f, k], normalise) in
+        [([1, 32, 4, 21, 96], true), ([3, 130, 8, 9, 352], false), ([2, 1, 1, 5, 32], true)]
+    {
+        let case = |b: &mut Bench, fused: bool| {
+            let mut random = Random((e * f) as u64);
+            let up = experts(b, &mut random, Format::Mxfp4, [e, 2 * f, k]);
+            let mut scores = random.f32s(t * e);
+            if e > 2 {
+                scores[e / 2] = scores[1]; // of equal ones the lower index
+            }
+            let (scores, x) = (b.input(&scores), b.input(&random.f32s(t * k)));
+            let routes = Routes { experts: b.output(t * a), weights: b.output(t * a) };
+            let y = b.output(t * a * f);
+            let choice = Router { e: e as u32, a: a as u32, normalise };
+            let mut p = program(t);
+            let routing = match fused {
+                true => Routing::Chosen(choice, scores, routes),
+                false => {
+                    p.router(choice, scores, routes);
+                    Routing::Each(routes.experts)
+                }
+            };
+            p.moe_up(&up, Swiglu::gpt_oss(a as u32, [7.0, 1.702]), routing, (x, a as u32), y);
+            b.keep(up.weight);
+            (p, vec![routes.experts, routes.weights, y])
+        };
+        let what = format!("T={t} E={e} A={a}");
+        for (gpu, device) in gpus() {
+            let [told, chosen] = [false, true].map(|fused| {
+                let mut b = Bench::new(device);
+                let (p, outputs) = case(&mut b, fused);
+                b.run(&p, &outputs)
+            });
+            assert!(told == chosen, "{what}: other bits on {gpu}");
+        }
+        check_on(&what, 2.0 * sum_tolerance(k), gpus(), |b| {
+            let (p, outputs) = case(b, true);
+            (p, outputs[1..].to_vec())
+        });
+    }
+}

@@ -37,6 +37,7 @@ fn input_row(j: u32) -> u32 {
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) lane: u32) {
     t0 = group.x * TOKENS;
     n0 = group.y * ROWS;
+    fetch(0u, 0u, lane);
     multiply(lane);
     for (var i = lane; i < ROWS * TOKENS; i += LANES * WARPS) {
         let n = n0 + i % ROWS;

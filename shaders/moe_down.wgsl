@@ -24,9 +24,11 @@ override COUNT: u32;
 var<private> tile: u32;
 var<private> part: u32;
 var<private> d0: u32;
+// Its first row of weights.
+var<private> row0: u32;
 
 fn weight_row(l: u32) -> u32 {
-    return part * D + min(d0 + l, D - 1u);
+    return min(row0 + l, COUNT * D - 1u);
 }
 
 fn input_row(j: u32) -> u32 {
@@ -43,6 +45,8 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     if count == 0u || part >= COUNT {
         return; // the whole workgroup
     }
+    row0 = part * D + d0;
+    fetch(0u, 0u, lane);
     multiply(lane);
     for (var i = lane; i < ROWS * count; i += LANES * WARPS) {
         let d = d0 + i % ROWS;

@@ -30,10 +30,12 @@ override UP: u32;
 var<private> tile: u32;
 var<private> part: u32;
 var<private> f0: u32;
+// Its first row of weights.
+var<private> row0: u32;
 
 // Rows 2r and 2r + 1 of the workgroup are gate and up of one output.
 fn weight_row(l: u32) -> u32 {
-    return part * F * 2u + min(f0 + l / 2u, F - 1u) * STRIDE + l % 2u * UP;
+    return min(row0 + l / 2u * STRIDE + l % 2u * UP, COUNT * F * 2u - 1u);
 }
 
 fn input_row(j: u32) -> u32 {
@@ -50,6 +52,8 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     if count == 0u || part >= COUNT {
         return; // the whole workgroup
     }
+    row0 = part * F * 2u + f0 * STRIDE;
+    fetch(0u, 0u, lane);
     multiply(lane);
     for (var i = lane; i < ROWS / 2u * count; i += LANES * WARPS) {
         let l = i % (ROWS / 2u) * 2u;

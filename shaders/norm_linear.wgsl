@@ -44,6 +44,7 @@ fn y_of(l: u32) -> f32 {
 @compute @workgroup_size(LANES * WARPS)
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) lane: u32) {
     n0 = group.x * ROWS;
+    fetch(0u, 0u, lane); // on their way while the row is normalised
     normalise(lane, group.x == 0u);
     multiply(lane);
     put(lane);

@@ -65,7 +65,7 @@ fn bytes_of(program: &Program, at: usize, position: u64) -> u64 {
     // The share of a layer's `e` experts that `tokens` rows with `a` routes each choose at least once.
     let touched = |a: u32, e: u32| 1.0 - (1.0 - f64::from(a) / f64::from(e)).powf(tokens);
     match &launch.op {
-        Op::Linear(_) => weights + read(&["bias"]),
+        Op::Linear(_) | Op::NormLinear(_) => weights + read(&["bias"]),
         Op::MoeUp(op) => (weights as f64 * touched(op.a, op.e)) as u64,
         Op::MoeDown(op) => (weights as f64 * touched(op.a, op.e)) as u64,
         Op::Attention(op) => {

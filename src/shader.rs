@@ -54,7 +54,7 @@ pub(crate) const REDUCE: Slot = Slot { name: "reduce", fillings: &["reduce_subgr
 /// The sums of several numbers over those lanes; the adapter decides.
 pub(crate) const FOLD: Slot = Slot { name: "fold", fillings: &["fold_subgroup", "fold_shared"] };
 /// Rows of inputs of a workgroup, and rows of weights that pass at a time.
-pub(crate) const TILE: Slot = Slot { name: "tile", fillings: &["tile_1x2", "tile_1x8", "tile_2x4", "tile_4x2"] };
+pub(crate) const TILE: Slot = Slot { name: "tile", fillings: &["tile_1x2", "tile_2x4", "tile_4x2"] };
 /// The routes that a workgroup carries.
 pub(crate) const ROUTES: Slot = Slot { name: "routes", fillings: &["routes_each", "routes_grouped"] };
 /// The same where they may not be chosen yet.
@@ -129,7 +129,6 @@ shared!(
     "sixteen",
     "step",
     "tile_1x2",
-    "tile_1x8",
     "tile_2x4",
     "tile_4x2",
     "tiles_2",

@@ -4,7 +4,7 @@
 override E: u32;
 override A: u32;
 override ALL: u32;
-var<workgroup> held: array<f32, 1024>;
+var<workgroup> held: array<vec4<f32>, 256>; // four scores each
 var<workgroup> chosen: array<u32, 16>;
 
 // Every lane of a workgroup of `lanes` must call it.
@@ -12,20 +12,23 @@ fn choose(t: u32, lane: u32, lanes: u32) {
     if lane < 16u {
         chosen[lane] = 0u; // NaN scores have no rank: they must still name an expert that exists
     }
-    for (var e = lane; e < E; e += lanes) {
-        held[e] = score(t * E + e);
+    for (var e = lane; e < (E + 3u) / 4u * 4u; e += lanes) {
+        held[e / 4u][e % 4u] = -3.4e38;
+        if e < E {
+            held[e / 4u][e % 4u] = score(t * E + e);
+        }
     }
     workgroupBarrier(); // `chosen` is clear, and all scores are here
     // An expert's rank is the number of experts before it; the ranks are distinct, so no two lanes write one place.
     for (var e = lane; e < E; e += lanes) {
-        let s = held[e];
-        var rank = 0u;
-        for (var o = 0u; o < E; o++) {
-            let other = held[o];
-            if other > s || (other == s && o < e) {
-                rank++;
-            }
+        let s = vec4<f32>(held_score(e));
+        var before = vec4<u32>(0u);
+        for (var o = 0u; o < (E + 3u) / 4u; o++) {
+            let others = held[o];
+            let lower = vec4<u32>(o * 4u) + vec4<u32>(0u, 1u, 2u, 3u) < vec4<u32>(e);
+            before += select(vec4<u32>(0u), vec4<u32>(1u), (others > s) | ((others == s) & lower));
         }
+        let rank = before.x + before.y + before.z + before.w;
         if rank < A {
             chosen[rank] = e;
         }
@@ -33,18 +36,22 @@ fn choose(t: u32, lane: u32, lanes: u32) {
     workgroupBarrier(); // `chosen` is whole
 }
 
+fn held_score(e: u32) -> f32 {
+    return held[e / 4u][e % 4u];
+}
+
 // The weight of the expert of rank a, after `choose`: softmax over the chosen, or over all where ALL is 1.
 fn weight_of(a: u32) -> f32 {
-    let top = held[chosen[0]];
+    let top = held_score(chosen[0]);
     var total = 0.0;
     for (var i = 0u; i < A; i++) {
-        total += exp_f32(held[chosen[i]] - top);
+        total += exp_f32(held_score(chosen[i]) - top);
     }
     if ALL == 1u {
         total = 0.0;
         for (var e = 0u; e < E; e++) {
-            total += exp_f32(held[e] - top);
+            total += exp_f32(held_score(e) - top);
         }
     }
-    return exp_f32(held[chosen[a]] - top) / total;
+    return exp_f32(held_score(chosen[a]) - top) / total;
 }

@@ -12,39 +12,51 @@
 const INPUT_UNIT = 1.0;
 
 var<private> scale_of_row: f32;
+// The lane's first sixteen of the sum: mostly all that it has.
+var<private> own: array<vec4<f32>, 4>;
 
 fn sum_at(q: u32) -> vec4<f32> {
     return x[q] + addend(0u, q, K / 4u);
 }
 
-fn normed_at(q: u32) -> vec4<f32> {
-    return sum_at(q) * scale_of_row * bf16x4(g[q].x, g[q].y);
+// Quad q of the four from 4i on.
+fn normed(i: u32, q: u32) -> vec4<f32> {
+    let gain = g[i * 4u + q];
+    var v = own[q];
+    if i >= LANES * WARPS {
+        v = sum_at(i * 4u + q);
+    }
+    return v * scale_of_row * bf16x4(gain.x, gain.y);
 }
 
 // Every lane must call it, before it asks for input.
 fn normalise(lane: u32, first: bool) {
     var share = 0.0;
-    for (var i = lane * 4u; i < K / 4u; i += LANES * WARPS * 4u) {
-        for (var q = i; q < i + 4u; q++) {
-            let v = sum_at(q);
+    for (var i = lane; i < K / 16u; i += LANES * WARPS) {
+        for (var q = 0u; q < 4u; q++) {
+            let v = sum_at(i * 4u + q);
+            if i == lane {
+                own[q] = v;
+            }
             share = squares(v, share);
             if first {
-                sum[q] = v;
+                sum[i * 4u + q] = v;
             }
         }
     }
     scale_of_row = inverse_rms(share, K, lane);
     if first {
-        for (var q = lane; q < K / 4u; q += LANES * WARPS) {
-            h[q] = normed_at(q);
+        for (var i = lane; i < K / 16u; i += LANES * WARPS) {
+            for (var q = 0u; q < 4u; q++) {
+                h[i * 4u + q] = normed(i, q);
+            }
         }
     }
 }
 
-// Elements 16i..16i+16.
+// Elements 16i..16i+16, of those that the lane has.
 fn input_at(row: u32, chunks: u32, i: u32) -> Sixteen {
-    let q = i * 4u;
-    return Sixteen(normed_at(q), normed_at(q + 1u), normed_at(q + 2u), normed_at(q + 3u), 1.0);
+    return Sixteen(normed(i, 0u), normed(i, 1u), normed(i, 2u), normed(i, 3u), 1.0);
 }
 
 fn input_scale(row: u32) -> f32 {

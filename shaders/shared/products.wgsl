@@ -17,27 +17,33 @@ override K: u32;
 override ROWS: u32; // a multiple of BATCH, at most 32
 var<workgroup> found: array<f32, 32u * TOKENS * 8u>;
 
-// Find all sums of the workgroup: every lane must call it, once.
+// The weights that come next, as they are stored.
+var<private> next: array<Stored, BATCH>;
+
+// Send for the rows of weights from row l on, of the sixteen at start + lane; past the end the last sixteen again, for nothing.
+fn fetch(l: u32, start: u32, lane: u32) {
+    for (var b = 0u; b < BATCH; b++) {
+        next[b] = stored_at(weight_row(l + b), K / 16u, min(start + lane, K / 16u - 1u));
+    }
+}
+
+// Find all sums of the workgroup: every lane must call it, once, after fetch(0u, 0u, lane).
 fn multiply(lane: u32) {
     let warp = lane / LANES;
     let slot = folded(lane) * WARPS + warp;
     for (var start = 0u; start < K / 16u; start += LANES * WARPS) {
-        // Past the end the last chunk again, for nothing.
         let there = start + lane < K / 16u;
         let i = min(start + lane, K / 16u - 1u);
         var xs: array<Sixteen, TOKENS>;
         for (var j = 0u; j < TOKENS; j++) {
             xs[j] = in_units(input_at(input_row(j), K / 16u, i));
         }
-        var next: array<Stored, BATCH>;
-        for (var b = 0u; b < BATCH; b++) {
-            next[b] = stored_at(weight_row(b), K / 16u, i);
+        if start > 0u {
+            fetch(0u, start, lane);
         }
         for (var l = 0u; l < ROWS; l += BATCH) {
             let stored = next;
-            for (var b = 0u; b < BATCH; b++) { // on their way while these are multiplied
-                next[b] = stored_at(weight_row(min(l + BATCH, ROWS - BATCH) + b), K / 16u, i);
-            }
+            fetch(min(l + BATCH, ROWS - BATCH), start, lane); // on their way while these are multiplied
             var values: array<f32, VALUES>;
             for (var b = 0u; b < BATCH; b++) {
                 let w = opened(stored[b]);

@@ -1,7 +1,6 @@
 //! The routes of a step by expert, so that an expert's weights are read once for all of them.
 
-use super::{Op, Router, Routes, Views, Weight};
-use crate::format::Format;
+use super::{Op, Router, Routes, Views};
 use crate::program::{Launch, Program, Slice};
 use crate::shader::{Kernel, TILES};
 use std::borrow::Cow;
@@ -61,16 +60,14 @@ impl Routing {
         }
     }
 
-    pub(super) fn carried(self, tokens: u32, a: u32, weight: &Weight) -> Carried {
-        let e = weight.experts;
+    pub(super) fn carried(self, tokens: u32, a: u32, e: u32) -> Carried {
         let tiles = Group { e, a, routes: self.routes() }.tiles(tokens);
-        let tile = match self.routes() {
-            1 if weight.format == Format::Bf16 => "tile_1x2",
-            1 => "tile_1x8",
-            2 => "tile_2x4",
-            _ => "tile_4x2",
+        let (tile, rows) = match self.routes() {
+            1 => ("tile_1x2", 8),
+            2 => ("tile_2x4", 32),
+            _ => ("tile_4x2", 32),
         };
-        Carried { tile, tiles, rows: 32 }
+        Carried { tile, tiles, rows }
     }
 }
 

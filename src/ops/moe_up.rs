@@ -112,7 +112,7 @@ impl Program {
     ) {
         let (x, routing, k, f) = (x.into(), routing.into(), up.weight.k, up.weight.n / 2);
         let Swiglu { a, rows, gate } = form;
-        let Carried { tile, tiles, rows: height } = routing.carried(self.tokens, a, &up.weight);
+        let Carried { tile, tiles, rows: height } = routing.carried(self.tokens, a, up.weight.experts);
         let (each, matrix) = (routing.routes(), matches!(routing, Routing::ByMatrix(_)));
         let router = if let Routing::Chosen(router, ..) = routing { Some(router) } else { None };
         let (stride, second) = match rows {

@@ -52,7 +52,10 @@ impl Program {
         };
         let (weight, n) = (&piece.weight, w.n);
         let (format, k) = (weight.format, weight.k);
-        let rows = if n < 512 { 4 } else { 16 };
+        let rows = match rotated {
+            None if n < 512 => 2, // a router: as many workgroups as can be
+            _ => 16,
+        };
         let rope = rotated.map(|r| {
             let [h, hk, dh] = r.heads;
             Rope { h, hk, dh, page: r.cache.page, pages: r.cache.pages, format: r.cache.format }

@@ -13,10 +13,7 @@ fn choose(t: u32, lane: u32, lanes: u32) {
         chosen[lane] = 0u; // NaN scores have no rank: they must still name an expert that exists
     }
     for (var e = lane; e < (E + 3u) / 4u * 4u; e += lanes) {
-        held[e / 4u][e % 4u] = -3.4e38;
-        if e < E {
-            held[e / 4u][e % 4u] = score(t * E + e);
-        }
+        held[e / 4u][e % 4u] = score(t * E + min(e, E - 1u)); // those past the end do not count
     }
     workgroupBarrier(); // `chosen` is clear, and all scores are here
     // An expert's rank is the number of experts before it; the ranks are distinct, so no two lanes write one place.
@@ -25,8 +22,9 @@ fn choose(t: u32, lane: u32, lanes: u32) {
         var before = vec4<u32>(0u);
         for (var o = 0u; o < (E + 3u) / 4u; o++) {
             let others = held[o];
-            let lower = vec4<u32>(o * 4u) + vec4<u32>(0u, 1u, 2u, 3u) < vec4<u32>(e);
-            before += select(vec4<u32>(0u), vec4<u32>(1u), (others > s) | ((others == s) & lower));
+            let index = vec4<u32>(o * 4u) + vec4<u32>(0u, 1u, 2u, 3u);
+            let first = (others > s) | ((others == s) & (index < vec4<u32>(e)));
+            before += select(vec4<u32>(0u), vec4<u32>(1u), first & (index < vec4<u32>(E)));
         }
         let rank = before.x + before.y + before.z + before.w;
         if rank < A {

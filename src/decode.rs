@@ -31,9 +31,9 @@ pub(crate) fn run_drawing(device: &Arc<dyn Device>, program: &Program, drawn: Sl
 }
 
 /// Wait for the tokens that [`run_drawing`] asked for, a row's after the other.
-pub(crate) fn drawn(later: Box<dyn Later>) -> Result<Vec<Choice>> {
+pub(crate) fn drawn(later: Box<dyn Later>) -> Result<Vec<Drawn>> {
     let bytes = later.get()?;
-    bytes.chunks_exact(size_of::<Drawn>()).map(|bytes| choice(&bytemuck::pod_read_unaligned(bytes))).collect()
+    Ok(bytes.chunks_exact(size_of::<Drawn>()).map(bytemuck::pod_read_unaligned).collect())
 }
 
 /// Tokens that are being drawn.
@@ -73,7 +73,7 @@ impl Session {
             let program = self.decode_program(1, ahead.position as u32);
             ahead.under_way.push_back(run_drawing(&device, program, drawn)?);
         }
-        let choice = drawn(ahead.under_way.pop_front().expect("one was asked for"))?.remove(0);
+        let choice = choice(&drawn(ahead.under_way.pop_front().expect("one was asked for"))?[0])?;
         // The step that gave this token held the one before it.
         self.tokens.extend(ahead.last.replace(choice.id));
         self.ahead = Some(ahead);
@@ -82,7 +82,7 @@ impl Session {
 }
 
 /// The token of a row, or why there is none.
-fn choice(drawn: &Drawn) -> Result<Choice> {
+pub(crate) fn choice(drawn: &Drawn) -> Result<Choice> {
     let refuse = |what: &str| Err(Error::Device(format!("the logits {what}: a kernel or the checkpoint is at fault")));
     if drawn.bad != 0 {
         return refuse("contain NaN or infinity");

@@ -5,7 +5,6 @@ mod session;
 pub use session::{Cancel, Edit, See, Session, Want, Watch};
 pub(crate) use session::{write_picks, write_rows};
 
-use crate::batch::Batch;
 use crate::checkpoint::{Mapping, ScaleOrder};
 use crate::config::{Config, GenerationConfig};
 use crate::device::{Device, cpu::Cpu, gpu};
@@ -14,6 +13,7 @@ use crate::model::{Found, Model, Needs, Plan, Progress};
 use crate::ops::{Activations, CacheFormat};
 use crate::oracle;
 use crate::program::HostStages;
+use crate::schedule::{Scheduler, SchedulerOptions};
 use crate::synth;
 use crate::tokenizer::{ChatFormat, Text, TokenId, Tokenizer};
 use std::path::{Path, PathBuf};
@@ -145,7 +145,7 @@ impl EngineBuilder {
         let mut plan = Plan {
             context: clamp(context),
             chunk: clamp(chunk),
-            sequences: 1,
+            paged: None,
             cache: self.cache,
             host: self.host,
             activations: self.activations,
@@ -317,9 +317,9 @@ impl Engine {
         if tokens > context { Err(Error::ContextFull { context, tokens, limit }) } else { Ok(()) }
     }
 
-    /// Several sequences that are decoded together, a token of each in a step.
-    pub fn batch(&self, sequences: usize) -> Result<Batch> {
-        Batch::new(self, sequences, self.context())
+    /// Many sessions that are stepped together, with a cache whose pages they share.
+    pub fn scheduler(&self, options: &SchedulerOptions) -> Result<Scheduler> {
+        Scheduler::new(self, options)
     }
 
     /// A new conversation with a cache of its own.

@@ -1,6 +1,6 @@
 //! The decode loop, pulled one token at a time: stopping is not pulling again.
 
-use crate::engine::{Session, Want};
+use crate::engine::{Engine, Session, Want};
 use crate::error::{Error, Result};
 use crate::sampler::{Choice, Sampling, StopStrings, sample};
 use crate::tokenizer::{TokenId, Utf8Stream};
@@ -74,80 +74,138 @@ fn rate(count: usize, time: Duration) -> f64 {
     if time.is_zero() { 0.0 } else { count as f64 / time.as_secs_f64() }
 }
 
-/// A reply being drawn: an iterator of tokens that borrows its session. Drop it to stop.
+/// Turns drawn tokens into a reply: their text, what ends it, what it took.
 #[derive(Debug)]
-pub struct Reply<'s> {
-    session: &'s mut Session,
+pub(crate) struct Output {
     options: ReplyOptions,
     stop_tokens: Vec<TokenId>,
-    /// Tokens to compute before the next draw: the prompt, then the last token.
-    pending: Vec<TokenId>,
     /// Tokens that the repetition penalty looks at: prompt and reply.
     history: Vec<TokenId>,
     utf8: Utf8Stream,
     stops: StopStrings,
     started: Option<Instant>,
     first: Option<Instant>,
-    stats: Stats,
-    finish: Option<Finish>,
-    mark: bool,
-    over: bool,
+    pub stats: Stats,
+    pub finish: Option<Finish>,
 }
 
-impl<'s> Reply<'s> {
-    pub(crate) fn new(session: &'s mut Session, prompt: &[TokenId], options: &ReplyOptions) -> Result<Self> {
+impl Output {
+    /// Nothing is drawn yet.
+    pub fn new(engine: &Engine, prompt: &[TokenId], options: &ReplyOptions) -> Result<Self> {
         options.sampling.validate()?;
         if prompt.is_empty() {
             return Err(Error::option("prompt", "is empty: give at least one token"));
         }
-        let context = session.engine().context();
-        if prompt.len() > context {
-            let limit = session.engine().config().max_position_embeddings;
-            return Err(Error::ContextFull { context, tokens: prompt.len(), limit });
-        }
-        // A cancel that came too late for the last reply is not meant for this one.
-        session.take_cancel();
-        let pending = session.reuse(prompt)?.to_vec();
-        let stop_tokens = options.stop_tokens.clone();
-        let stop_tokens = stop_tokens.unwrap_or_else(|| session.engine().generation().eos_token_id.clone());
-        let stats =
-            Stats { prompt_tokens: prompt.len(), cached_tokens: prompt.len() - pending.len(), ..Stats::default() };
-        let over = options.max_tokens == Some(0);
+        engine.check_room(engine.context(), prompt.len())?;
         Ok(Self {
-            stop_tokens,
-            pending,
+            stop_tokens: options.stop_tokens.clone().unwrap_or_else(|| engine.generation().eos_token_id.clone()),
             history: prompt.to_vec(),
             utf8: Utf8Stream::default(),
             stops: StopStrings::new(options.stop.clone()),
-            options: options.clone(),
             started: None,
             first: None,
-            stats,
-            finish: over.then_some(Finish::MaxTokens),
-            mark: false,
-            over,
-            session,
+            stats: Stats { prompt_tokens: prompt.len(), ..Stats::default() },
+            finish: (options.max_tokens == Some(0)).then_some(Finish::MaxTokens),
+            options: options.clone(),
         })
     }
 
-    /// Why it ended, once it has.
-    pub fn finish(&self) -> Option<Finish> {
-        self.finish
+    /// The time to the first token is counted from the first call.
+    pub fn begin(&mut self) {
+        self.started.get_or_insert_with(Instant::now);
     }
 
-    /// What it took so far.
-    pub fn stats(&self) -> Stats {
-        self.stats
+    /// Whether tokens are the likeliest ones and nothing else is asked for: then they are found on the device.
+    pub fn greedy(&self) -> bool {
+        let sampling = &self.options.sampling;
+        sampling.temperature == 0.0 && sampling.repetition_penalty == 1.0 && sampling.top_logprobs == 0
     }
 
-    /// Text held back because it might have become a stop string or a whole character. The last token gives it out;
-    /// where there is none, after a cancel or an error, it is to be had here.
+    /// Tokens that may still be drawn.
+    pub fn left(&self) -> usize {
+        self.options.max_tokens.map_or(usize::MAX, |max| max - self.stats.generated_tokens)
+    }
+
+    /// Draw the next token.
+    pub fn sample(&self, logits: &[f32]) -> Result<Choice> {
+        sample(&self.options.sampling, logits, &self.history, self.history.len() as u64)
+    }
+
+    /// Say a token that was drawn.
+    pub fn say(&mut self, engine: &Engine, choice: Choice) -> Token {
+        let now = Instant::now();
+        let (started, first) = (self.started.unwrap_or(now), *self.first.get_or_insert(now));
+        self.stats.first_token = first - started;
+        self.stats.generation = now - first;
+        self.stats.generated_tokens += 1;
+        self.history.push(choice.id);
+        let stopped = self.stop_tokens.contains(&choice.id);
+        let bytes = match engine.tokenizer() {
+            Ok(t) if !t.is_special(choice.id) => t.token_bytes(choice.id),
+            _ => Vec::new(),
+        };
+        let (mut text, hit) = self.stops.push(&self.utf8.push(&bytes));
+        self.finish = if hit {
+            Some(Finish::StopString)
+        } else if stopped {
+            Some(Finish::StopToken)
+        } else if self.left() == 0 {
+            Some(Finish::MaxTokens)
+        } else {
+            None
+        };
+        if self.finish.is_some() && !hit {
+            text += &self.take_rest();
+        }
+        Token { choice, text, finish: self.finish }
+    }
+
+    /// Text that was held back.
     pub fn take_rest(&mut self) -> String {
         let (mut text, hit) = self.stops.push(&self.utf8.finish());
         if !hit {
             text += &self.stops.finish();
         }
         text
+    }
+}
+
+/// A reply being drawn: an iterator of tokens that borrows its session. Drop it to stop.
+#[derive(Debug)]
+pub struct Reply<'s> {
+    session: &'s mut Session,
+    /// Tokens to compute before the next draw: the prompt, then the last token.
+    pending: Vec<TokenId>,
+    output: Output,
+    mark: bool,
+    over: bool,
+}
+
+impl<'s> Reply<'s> {
+    pub(crate) fn new(session: &'s mut Session, prompt: &[TokenId], options: &ReplyOptions) -> Result<Self> {
+        let mut output = Output::new(session.engine(), prompt, options)?;
+        // A cancel that came too late for the last reply is not meant for this one.
+        session.take_cancel();
+        let pending = session.reuse(prompt)?.to_vec();
+        output.stats.cached_tokens = prompt.len() - pending.len();
+        let over = output.finish.is_some();
+        Ok(Self { pending, output, mark: false, over, session })
+    }
+
+    /// Why it ended, once it has.
+    pub fn finish(&self) -> Option<Finish> {
+        self.output.finish
+    }
+
+    /// What it took so far.
+    pub fn stats(&self) -> Stats {
+        self.output.stats
+    }
+
+    /// Text held back because it might have become a stop string or a whole character. The last token gives it out;
+    /// where there is none, after a cancel or an error, it is to be had here.
+    pub fn take_rest(&mut self) -> String {
+        self.output.take_rest()
     }
 
     /// Remember the end of the prompt as a point to come back to.
@@ -157,44 +215,19 @@ impl<'s> Reply<'s> {
     }
 
     fn draw(&mut self) -> Result<Option<Token>> {
-        let started = *self.started.get_or_insert_with(Instant::now);
+        self.output.begin();
         let Some(choice) = self.choose()? else {
-            self.finish = Some(Finish::Cancelled);
+            self.output.finish = Some(Finish::Cancelled);
             return Ok(None);
         };
-        let now = Instant::now();
-        let first = *self.first.get_or_insert(now);
-        self.stats.first_token = first - started;
-        self.stats.generation = now - first;
-        self.stats.generated_tokens += 1;
-        self.history.push(choice.id);
-        let stopped = self.stop_tokens.contains(&choice.id);
-        let bytes = match self.session.engine().tokenizer() {
-            Ok(t) if !t.is_special(choice.id) => t.token_bytes(choice.id),
-            _ => Vec::new(),
-        };
-        let (mut text, hit) = self.stops.push(&self.utf8.push(&bytes));
-        self.finish = if hit {
-            Some(Finish::StopString)
-        } else if stopped {
-            Some(Finish::StopToken)
-        } else if self.options.max_tokens.is_some_and(|max| self.stats.generated_tokens >= max) {
-            Some(Finish::MaxTokens)
-        } else {
-            None
-        };
-        if self.finish.is_some() && !hit {
-            text += &self.take_rest();
-        }
-        Ok(Some(Token { choice, text, finish: self.finish }))
+        Ok(Some(self.output.say(self.session.engine(), choice)))
     }
 
     /// The next token. `None`: cancelled.
     fn choose(&mut self) -> Result<Option<Choice>> {
-        let sampling = &self.options.sampling;
         // The likeliest token is found on the device and fed to the next step there.
-        if sampling.temperature == 0.0 && sampling.repetition_penalty == 1.0 && sampling.top_logprobs == 0 {
-            if self.stats.generated_tokens == 0 {
+        if self.output.greedy() {
+            if self.output.stats.generated_tokens == 0 {
                 if self.compute(Want::Logits)?.is_none() {
                     return Ok(None);
                 }
@@ -202,11 +235,10 @@ impl<'s> Reply<'s> {
             } else if self.session.take_cancel() {
                 return Ok(None);
             }
-            let more = self.options.max_tokens.map_or(usize::MAX, |max| max - self.stats.generated_tokens - 1);
-            return self.session.draw(more).map(Some);
+            return self.session.draw(self.output.left() - 1).map(Some);
         }
         let Some(logits) = self.compute(Want::Last)? else { return Ok(None) };
-        let choice = sample(&self.options.sampling, &logits, &self.history, self.history.len() as u64)?;
+        let choice = self.output.sample(&logits)?;
         self.pending.push(choice.id);
         Ok(Some(choice))
     }
@@ -224,7 +256,7 @@ impl<'s> Reply<'s> {
         if self.session.take_cancel() {
             return Ok(None);
         }
-        let logits = match self.stats.generated_tokens {
+        let logits = match self.output.stats.generated_tokens {
             0 => self.session.feed(&self.pending, want)?,
             _ => self.session.feed_drawn(&self.pending, want)?,
         };
@@ -244,7 +276,7 @@ impl Iterator for Reply<'_> {
             return None;
         }
         let drawn = self.draw();
-        self.over = drawn.is_err() || self.finish.is_some();
+        self.over = drawn.is_err() || self.output.finish.is_some();
         drawn.transpose()
     }
 }

@@ -2,7 +2,6 @@
 
 mod harness; // device or visible failure, inputs, comparison (itself tested)
 
-mod batch; // several sequences in one step: the tokens and bits of each alone
 mod bench; // `fourfold bench`: JSON, charts, bad flags
 mod checkpoint; // malformed files: every one a clear error, in time, with no panic
 mod cli; // the binary as a user meets it
@@ -19,6 +18,7 @@ mod mutator; // breaks checkpoints for `checkpoint`
 mod oracle; // known answers: every device right, every wrong device noticed; the trace that transformers recorded
 mod producers; // one model as several producers write it, from end to end
 mod quantize; // FP4 checkpoints that are made: names, bytes, exact casts, errors
+mod schedule; // many sessions in one step: the tokens and bits of each alone, pages, prefixes, admission, cancels
 mod shaders; // all slot fillings compose, validate, translate; Rust and WGSL agree on bindings (no GPU needed)
 mod stored; // weights with their scales: every producer's tensors, every broken scale an error
 mod text; // tokenizer, templates, Harmony against outside vectors

@@ -46,14 +46,18 @@ struct Programs {
     head: Program,
 }
 
-/// Stops a session from another thread, at the next chunk or token.
-#[derive(Clone, Debug)]
+/// Stops a session from another thread, at the next chunk or token; a request of a scheduler, at its next step.
+#[derive(Clone, Debug, Default)]
 pub struct Cancel(Arc<AtomicBool>);
 
 impl Cancel {
     /// Ask the session to end the reply that it is drawing. Forgotten when the next reply begins.
     pub fn cancel(&self) {
         self.0.store(true, Ordering::Relaxed);
+    }
+
+    pub(crate) fn asked(&self) -> bool {
+        self.0.load(Ordering::Relaxed)
     }
 }
 

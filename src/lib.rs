@@ -17,6 +17,8 @@
 //! llama; linears are bf16, FP8, MXFP4 or NVFP4, each as its checkpoint has it, and [`Activations`] says whether NVFP4
 //! weights meet f32 rows (W4A16) or quantised ones (W4A4).
 //!
+//! A session draws faster where [`speculate`] drafts for it, and the same to the bit.
+//!
 //! Around the engine: [`quantize`] makes FP4 checkpoints, [`eval`] measures what they cost, [`trace`] finds where two runs
 //! part, [`oracle`] checks a device by known answers, [`bench`] and [`synth`] measure speed. ARCHITECTURE.md says how it
 //! works inside.
@@ -48,6 +50,7 @@ pub mod sampler;
 mod schedule;
 #[doc(hidden)]
 pub mod shader;
+pub mod speculate;
 pub mod synth;
 pub mod tokenizer;
 pub mod trace;
@@ -68,5 +71,6 @@ pub use sampler::Sampling;
 #[doc(hidden)]
 pub use schedule::hash;
 pub use schedule::{Part, Request, Scheduler, SchedulerOptions};
+pub use speculate::Speculation;
 /// The wgpu that [`Gpu::from_wgpu`] takes devices of.
 pub use wgpu;

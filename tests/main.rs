@@ -20,6 +20,7 @@ mod producers; // one model as several producers write it, from end to end
 mod quantize; // FP4 checkpoints that are made: names, bytes, exact casts, errors
 mod schedule; // many sessions in one step: the tokens and bits of each alone, pages, prefixes, admission, cancels
 mod shaders; // all slot fillings compose, validate, translate; Rust and WGSL agree on bindings (no GPU needed)
+mod speculate; // drafts, good and hostile: tokens, bits and session of plain decoding
 mod stored; // weights with their scales: every producer's tensors, every broken scale an error
 mod text; // tokenizer, templates, Harmony against outside vectors
 mod tidy; // the rules of the code base that a machine can check

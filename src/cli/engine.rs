@@ -3,9 +3,10 @@
 use super::{Usage, terminal};
 use clap::ValueEnum;
 use fourfold::checkpoint::{Checkpoint, Mapping, ScaleOrder};
+use fourfold::config::Config;
 use fourfold::device::gpu;
 use fourfold::{Activations, CacheFormat, DeviceChoice, Engine, EngineBuilder, HostStages};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// What computes, and with which weights.
 #[derive(Clone, clap::Args)]
@@ -200,30 +201,46 @@ impl EngineArgs {
 
     /// As [`Self::load`], with other stages on the host.
     pub(super) fn load_with_host(&self, device: DeviceChoice, host: &[HostArg], quiet: bool) -> anyhow::Result<Engine> {
-        let bar = terminal::loading(quiet);
-        let shown = bar.clone();
-        let mut builder = self
-            .files_and_cache(Engine::builder())
-            .device(device)
-            .activations(self.activations.activations())
-            .host(HostStages {
-                routing: host.contains(&HostArg::Routing),
-                scatter: host.contains(&HostArg::Scatter),
-                attention: host.contains(&HostArg::Attention),
-            })
-            .progress(move |p| {
-                shown.set_length(p.total_bytes);
-                shown.set_position(p.done_bytes);
-            });
+        let mut builder =
+            self.files_and_cache(Engine::builder()).device(device).activations(self.activations.activations()).host(
+                HostStages {
+                    routing: host.contains(&HostArg::Routing),
+                    scatter: host.contains(&HostArg::Scatter),
+                    attention: host.contains(&HostArg::Attention),
+                },
+            );
         if let Some(dir) = &self.model {
             builder = builder.checkpoint(dir);
         }
         if let Some(tokens) = self.context {
             builder = builder.context(tokens);
         }
+        self.build(builder, quiet)
+    }
+
+    /// A model that drafts for `engine`, on its device; without `dir`, the built-in one's. How it computes is its own
+    /// matter: it changes no result.
+    pub(super) fn load_draft(&self, engine: &Engine, dir: Option<&Path>, quiet: bool) -> anyhow::Result<Engine> {
+        let builder = Engine::builder().mapping(self.mapping()).cache(self.kv.format());
+        let (builder, checkpoint) = match dir {
+            Some(dir) => (builder.checkpoint(dir), fourfold::synth::open(dir, self.mapping())?),
+            None => (builder.default_draft(), fourfold::default_draft_checkpoint()?),
+        };
+        let limit = Config::open(&checkpoint)?.max_position_embeddings;
+        let builder = builder.device(DeviceChoice::Own(engine.device().clone()));
+        self.build(builder.context(engine.context().min(limit)), quiet)
+    }
+
+    fn build(&self, mut builder: EngineBuilder, quiet: bool) -> anyhow::Result<Engine> {
+        let bar = terminal::loading(quiet);
+        let shown = bar.clone();
         if let Some(tokens) = self.chunk {
             builder = builder.chunk(tokens);
         }
+        let builder = builder.progress(move |p| {
+            shown.set_length(p.total_bytes);
+            shown.set_position(p.done_bytes);
+        });
         let engine = builder.build();
         bar.finish_and_clear();
         Ok(engine?)

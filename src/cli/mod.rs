@@ -5,6 +5,7 @@ mod bisect;
 mod chat;
 mod devices;
 mod diff;
+mod drafting;
 mod engine;
 mod eval;
 mod inspect;

@@ -8,6 +8,7 @@ use crate::model::State;
 use crate::ops::{Activations, Row, STATS_WORDS, Step};
 use crate::program::{Program, Role, Slice, Stage};
 use crate::reply::{Reply, ReplyOptions};
+use crate::speculate::Speculation;
 use crate::tokenizer::TokenId;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -35,6 +36,7 @@ impl Engine {
             mark: None,
             stats: None,
             edit,
+            speculation: None,
         })
     }
 }
@@ -78,6 +80,8 @@ pub struct Session {
     /// Where statistics go while they are asked for.
     stats: Option<Buffer>,
     edit: Option<Edit>,
+    /// Who drafts for its replies.
+    pub(crate) speculation: Option<Speculation>,
 }
 
 /// Changes a program after it is recorded.
@@ -154,6 +158,21 @@ impl Session {
     /// A handle that stops this session from another thread.
     pub fn cancel_handle(&self) -> Cancel {
         Cancel(self.cancel.clone())
+    }
+
+    /// Draft tokens for replies from now on, or no longer. Replies take another time, and are the same to the bit. No
+    /// effect where the engine's chunk is 1: then a step has room for one row.
+    ///
+    /// # Errors
+    /// With activations `nvfp4-dynamic`, where tokens that are computed together change each other.
+    pub fn set_speculation(&mut self, speculation: Option<Speculation>) -> Result<()> {
+        if speculation.is_some() && self.engine.activations() == Activations::Nvfp4Dynamic {
+            let reason = "\"nvfp4-dynamic\" has one scale for all rows of a step, so drafts would change what is drawn: \
+                          use \"nvfp4-token\", or no draft";
+            return Err(Error::option("draft", reason));
+        }
+        self.speculation = speculation.filter(|_| self.max_picks() > 1);
+        Ok(())
     }
 
     /// Whether a cancel was asked for; clears it.
@@ -415,6 +434,19 @@ impl Session {
         self.decode.get(rows, reach, |reach| edited(model.decode(rows, reach, edit.is_some(), state), edit))
     }
 
+    /// Compute a decode step over at most `max_picks` tokens, which the conversation does not hold yet.
+    pub(crate) fn run_decode(&mut self, tokens: &[TokenId], watch: Option<&mut Watch<'_>>) -> Result<()> {
+        self.write_rows(tokens)?;
+        let (first, count) = (self.tokens.len(), tokens.len());
+        self.written = self.written.max(first + count);
+        let program = self.decode_program(count as u32, (first + count) as u32).clone();
+        let device = &self.engine.inner.device;
+        match watch {
+            None => device.run(&program),
+            Some(watch) => run_watched(device, &program, watch, &mut self.stats),
+        }
+    }
+
     /// One decode step over at most `max_picks` tokens.
     fn decode_step(
         &mut self,
@@ -423,15 +455,8 @@ impl Session {
         logits: &mut Vec<f32>,
         watch: Option<&mut Watch<'_>>,
     ) -> Result<()> {
-        self.write_rows(tokens)?;
-        let (first, count) = (self.tokens.len(), tokens.len());
-        self.written = self.written.max(first + count);
-        let program = self.decode_program(count as u32, (first + count) as u32).clone();
-        let device = &self.engine.inner.device;
-        match watch {
-            None => device.run(&program)?,
-            Some(watch) => run_watched(device, &program, watch, &mut self.stats)?,
-        }
+        self.run_decode(tokens, watch)?;
+        let (device, count) = (&self.engine.inner.device, tokens.len());
         let vocab = self.engine.config().vocab_size;
         let wanted = match want {
             Want::Nothing | Want::Logits => 0..0,

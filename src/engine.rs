@@ -12,7 +12,7 @@ use crate::error::{Error, Result};
 use crate::model::{Found, Model, Needs, Plan, Progress};
 use crate::ops::{Activations, CacheFormat};
 use crate::oracle;
-use crate::program::HostStages;
+use crate::program::{HostStages, Role};
 use crate::schedule::{Scheduler, SchedulerOptions};
 use crate::synth;
 use crate::tokenizer::{ChatFormat, Text, TokenId, Tokenizer};
@@ -59,6 +59,7 @@ pub struct EngineBuilder {
     host: HostStages,
     activations: Activations,
     scale_order: ScaleOrder,
+    strict: bool,
     progress: Box<dyn FnMut(Progress)>,
 }
 
@@ -123,6 +124,13 @@ impl EngineBuilder {
         self
     }
 
+    /// Compute prompts by the kernels of generated tokens, so that a position's bits do not follow which of the two its
+    /// tokens were. Slower: no matrix units, and attention of a prompt in segments.
+    pub fn strict(mut self, strict: bool) -> Self {
+        self.strict = strict;
+        self
+    }
+
     /// Called while weights go to the device.
     pub fn progress(mut self, see: impl FnMut(Progress) + 'static) -> Self {
         self.progress = Box::new(see);
@@ -153,13 +161,16 @@ impl EngineBuilder {
         };
         plan.check(&config)?;
         let (device, fallback) = open_device(&self.device)?;
-        if self.chunk.is_none() && device.limits().matrix {
+        if self.chunk.is_none() && device.limits().matrix && !self.strict {
             plan.chunk = MATRIX_CHUNK;
         }
         plan.chunk = plan.chunk.min(plan.context);
         let model = Model::load(&checkpoint, config, &device, &plan, &mut self.progress)?;
         let name = checkpoint.name().to_owned();
-        Ok(Engine { inner: Arc::new(Inner { name, device, fallback, model, plan, tokenizer, chat, generation }) })
+        let strict = self.strict;
+        Ok(Engine {
+            inner: Arc::new(Inner { name, device, fallback, model, plan, strict, tokenizer, chat, generation }),
+        })
     }
 }
 
@@ -206,6 +217,7 @@ struct Inner {
     fallback: Option<String>,
     model: Model,
     plan: Plan,
+    strict: bool,
     tokenizer: Option<Tokenizer>,
     chat: Option<ChatFormat>,
     generation: GenerationConfig,
@@ -224,6 +236,7 @@ impl Engine {
             host: HostStages::default(),
             activations: Activations::default(),
             scale_order: ScaleOrder::default(),
+            strict: false,
             progress: Box::new(|_| ()),
         }
     }
@@ -256,6 +269,16 @@ impl Engine {
     /// What enters the products with NVFP4 weights.
     pub fn activations(&self) -> Activations {
         self.inner.plan.activations
+    }
+
+    /// Whether prompts are computed by the kernels of generated tokens ([`EngineBuilder::strict`]).
+    pub fn strict(&self) -> bool {
+        self.inner.strict
+    }
+
+    /// What the rows of a prompt's step are to the kernels, if none sees more positions than `reach`.
+    pub(crate) fn prompt_role(&self, reach: usize) -> Role {
+        if self.inner.strict { Role::Generated { reach: reach as u32 } } else { Role::Prompt }
     }
 
     /// The device that computes.

@@ -20,8 +20,9 @@
 //! A session draws faster where [`speculate`] drafts for it, and the same to the bit.
 //!
 //! Around the engine: [`quantize`] makes FP4 checkpoints, [`eval`] measures what they cost, [`trace`] finds where two runs
-//! part, [`oracle`] checks a device by known answers, [`bench`] and [`synth`] measure speed. ARCHITECTURE.md says how it
-//! works inside.
+//! part, [`oracle`] checks a device by known answers, [`verify`] that bits depend on nothing that they should not,
+//! [`isolation`] that models do not see each other, [`bench`] and [`synth`] measure speed. ARCHITECTURE.md says how it works
+//! inside.
 
 pub mod bench;
 mod chat;
@@ -34,6 +35,7 @@ mod engine;
 mod error;
 pub mod eval;
 pub mod format;
+pub mod isolation;
 mod kv;
 // The engine's inside, open for tests and tools and no promise: a program that is not recorded by a model can index past
 // its slices, which the GPU does not check unless asked to (`Options::checked_shaders`).
@@ -54,6 +56,7 @@ pub mod speculate;
 pub mod synth;
 pub mod tokenizer;
 pub mod trace;
+pub mod verify;
 
 pub use chat::{Answer, Chat, Piece};
 pub use default_model::{draft as default_draft_checkpoint, main as default_checkpoint};

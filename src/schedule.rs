@@ -14,7 +14,7 @@ use crate::error::{Error, Result};
 use crate::kv::{Held, Kv, Pages};
 use crate::model::State;
 use crate::ops::{Drawn, Row};
-use crate::program::{Program, Role};
+use crate::program::Program;
 use crate::reply::{Output, ReplyOptions};
 use crate::tokenizer::TokenId;
 use options::planned;
@@ -150,8 +150,8 @@ impl Scheduler {
             return Err(Error::option("sessions", reason));
         }
         for program in [
-            &model.body(1, Role::Prompt, false, &state),
-            &model.body(plan.chunk, Role::Prompt, false, &state),
+            &model.body(1, engine.prompt_role(1), false, &state),
+            &model.body(plan.chunk, engine.prompt_role(plan.context as usize), false, &state),
             &model.head(1, &state),
             &model.decode(options.sessions as u32, 1, false, &state),
         ] {
@@ -518,7 +518,8 @@ impl Scheduler {
         self.in_place = false;
         let rows = self.place(&feeds)?;
         let (device, model, s) = (self.engine.device(), self.engine.model(), &self.state);
-        device.run(&model.body(rows.len() as u32, Role::Prompt, false, s))?;
+        let reach = feeds.iter().map(|feed| feed.first + feed.count).max().unwrap_or(1);
+        device.run(&model.body(rows.len() as u32, self.engine.prompt_role(reach), false, s))?;
         let (mut picks, mut places, mut end) = (Vec::new(), Vec::new(), 0);
         for feed in &feeds {
             end += feed.count as u32;
@@ -639,6 +640,5 @@ fn by_need(mut feeds: Vec<Feed>) -> Vec<Feed> {
 /// A hash of the bits of logits, for tests.
 #[doc(hidden)]
 pub fn hash(logits: &[f32]) -> u64 {
-    // FNV-1a over words.
-    logits.iter().fold(0xcbf2_9ce4_8422_2325, |hash, v| (hash ^ u64::from(v.to_bits())).wrapping_mul(0x100_0000_01b3))
+    crate::trace::probe::hash(bytemuck::cast_slice(logits))
 }

@@ -11,6 +11,7 @@ mod families; // Qwen3-MoE, Qwen3, Llama: every producer and mode against golden
 mod faults; // planted faults, each of which `bisect` must name
 mod format; // number formats against outside vectors, exhaustively
 mod inspect; // `inspect` for every family and producer, bad scales; `trace` against calibration
+mod isolation; // a model beside its twin and beside others: every layer's bits; a planted leak
 mod kernels; // every kernel x shape x slot filling against its twin; bits independent of neighbours
 mod loading; // large writes, memory that does not suffice, compiled pipelines on disk
 mod models; // tiny checkpoints: GPU = twins = golden of other people's code
@@ -25,4 +26,5 @@ mod stored; // weights with their scales: every producer's tensors, every broken
 mod text; // tokenizer, templates, Harmony against outside vectors
 mod tidy; // the rules of the code base that a machine can check
 mod trace_diff; // traces: their file, and what `diff` finds between two
-mod w4a4; // quantised activations: the stage's twin, FP4 products and a MoE block against goldens
+mod verify;
+mod w4a4; // quantised activations: the stage's twin, FP4 products and a MoE block against goldens // `fourfold verify`: it holds, it covers every kernel, each planted fault is caught; `--strict`

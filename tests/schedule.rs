@@ -152,6 +152,26 @@ fn a_session_gets_what_it_gets_alone() {
     }
 }
 
+#[test]
+fn a_strict_engine_is_strict_here_too() {
+    for (where_, device) in devices() {
+        let build = |strict| {
+            let builder = Engine::builder().checkpoint(tiny()).device(DeviceChoice::Own(device.clone()));
+            builder.context(300).chunk(16).strict(strict).build().unwrap()
+        };
+        // Past 128 positions the roles differ on every device.
+        let [loose, strict] = [false, true].map(|strict| alone(&build(strict), prompt(4, 200), greedy(5)));
+        assert_ne!(loose.hashes, strict.hashes, "the roles do not differ on {where_}, so the test shows nothing");
+        for (engine, case) in [(build(false), &loose), (build(true), &strict)] {
+            let mut scheduler =
+                scheduler(&engine, &SchedulerOptions { chunk: Some(24), ..SchedulerOptions::default() });
+            let requests = [add(&mut scheduler, case), scheduler.add(&prompt(2, 31), &greedy(9)).unwrap()];
+            run(&mut scheduler);
+            told(case, &requests[0]).unwrap_or_else(|e| panic!("strict: {} on {where_}: {e}", engine.strict()));
+        }
+    }
+}
+
 /// A device that changes something of another one.
 #[derive(Debug)]
 struct Changed {

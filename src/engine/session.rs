@@ -6,7 +6,7 @@ use crate::device::{self, Buffer, Device};
 use crate::error::{Error, Result};
 use crate::model::State;
 use crate::ops::{Activations, Row, STATS_WORDS, Step};
-use crate::program::{Program, Role, Slice, Stage};
+use crate::program::{Program, Slice, Stage};
 use crate::reply::{Reply, ReplyOptions};
 use crate::speculate::Speculation;
 use crate::tokenizer::TokenId;
@@ -17,7 +17,8 @@ impl Engine {
     pub(super) fn session_with(&self, edit: Option<Edit>) -> Result<Session> {
         let inner = &self.inner;
         let state = inner.model.state(&inner.device, &inner.plan)?;
-        let body = |tokens| edited(inner.model.body(tokens, Role::Prompt, edit.is_some(), &state), edit.as_ref());
+        let role = self.prompt_role(self.context());
+        let body = |tokens| edited(inner.model.body(tokens, role, edit.is_some(), &state), edit.as_ref());
         let programs = Programs { body: body(1).seal(), head: inner.model.head(1, &state).seal() };
         let decode = inner.model.decode(1, 1, edit.is_some(), &state);
         for program in [&programs.body, &programs.head, &body(inner.plan.chunk), &decode] {
@@ -344,7 +345,8 @@ impl Session {
         self.check(tokens)?;
         self.write_rows(tokens)?;
         self.written = self.written.max(self.tokens.len() + tokens.len());
-        let program = self.engine.inner.model.body(tokens.len() as u32, Role::Prompt, true, &self.state);
+        let role = self.engine.prompt_role(self.tokens.len() + tokens.len());
+        let program = self.engine.inner.model.body(tokens.len() as u32, role, true, &self.state);
         Ok(edited(program, self.edit.as_ref()))
     }
 
@@ -367,6 +369,12 @@ impl Session {
     /// Every buffer of the conversation.
     pub(crate) fn state_slices(&self) -> Vec<Slice> {
         self.state.slices()
+    }
+
+    /// Every buffer of which nothing is kept from one step to the next: all but the cache.
+    pub(crate) fn scratch_slices(&self) -> Vec<Slice> {
+        let cache: Vec<Slice> = self.state.cache().collect();
+        self.state.slices().into_iter().filter(|slice| !cache.contains(slice)).collect()
     }
 
     pub(crate) fn device(&self) -> &dyn Device {
@@ -396,7 +404,8 @@ impl Session {
         if count == 1 {
             run(&self.programs.body)?;
         } else {
-            let program = inner.model.body(count, Role::Prompt, self.edit.is_some(), s);
+            let role = self.engine.prompt_role(first + tokens.len());
+            let program = inner.model.body(count, role, self.edit.is_some(), s);
             run(&edited(program, self.edit.as_ref()))?;
         }
         let picks: Vec<u32> = match want {

@@ -282,6 +282,11 @@ impl State {
         self.buffers.iter().map(Buffer::slice).collect()
     }
 
+    /// The keys and values of every layer.
+    pub fn cache(&self) -> impl Iterator<Item = Slice> {
+        self.kv.iter().flat_map(|kv| [kv.keys, kv.values])
+    }
+
     /// The caches of the sliding layers, where a position's row is used again by a later one.
     pub fn rings(&self) -> impl Iterator<Item = Slice> {
         let sliding = self.windows.iter().zip(&self.kv).filter(|(window, _)| **window > 0);

@@ -130,6 +130,11 @@ impl Output {
         self.options.max_tokens.map_or(usize::MAX, |max| max - self.stats.generated_tokens)
     }
 
+    /// The prompt, and what was drawn since.
+    pub fn history(&self) -> &[TokenId] {
+        &self.history
+    }
+
     /// Draw the next token.
     pub fn sample(&self, logits: &[f32]) -> Result<Choice> {
         sample(&self.options.sampling, logits, &self.history, self.history.len() as u64)

@@ -16,11 +16,13 @@ use crate::model::State;
 use crate::ops::{Drawn, Row};
 use crate::program::Program;
 use crate::reply::{Output, ReplyOptions};
+use crate::speculate::{Rows, Speculation};
 use crate::tokenizer::TokenId;
 use options::planned;
 use request::Outbox;
 use std::collections::VecDeque;
 use std::sync::Arc;
+use std::time::Instant;
 
 /// Tokens that a session begins with.
 #[derive(Clone, Copy, Debug)]
@@ -77,6 +79,10 @@ pub struct Scheduler {
     under_way: VecDeque<Submitted>,
     /// Whether the device's rows are those that follow the last of `under_way`.
     in_place: bool,
+    /// Most drafted tokens in one step.
+    drafts: usize,
+    /// Whose turn it is to be asked first for drafts.
+    turn: usize,
     computed: u64,
     hashing: bool,
 }
@@ -88,9 +94,10 @@ struct Task {
     /// What it was given, and what it drew.
     tokens: Vec<Held>,
     given: usize,
-    /// How many of the last tokens are only proposed: the next step computes them all, and those that it would not have drawn
-    /// are taken back.
-    proposed: usize,
+    /// Who drafts for it.
+    speculation: Option<Speculation>,
+    /// Rows of the next step whose last tokens are only proposed: those that it would not have drawn are taken back.
+    rows: Option<Rows>,
     output: Output,
     outbox: Arc<Outbox>,
 }
@@ -123,6 +130,47 @@ struct Submitted {
     places: Vec<usize>,
     drawn: Option<Box<dyn Later>>,
     logits: Option<Box<dyn Later>>,
+}
+
+impl Task {
+    /// Tokens to draw before drafts are asked for.
+    fn resting(&self) -> usize {
+        self.speculation.as_ref().map_or(usize::MAX, Speculation::rest)
+    }
+
+    /// Ask for up to `most` tokens to verify in the next step, after the one that was drawn last. Says how many there are.
+    fn propose(&mut self, most: usize, vocab: usize) -> Result<usize> {
+        let most = most.min(self.output.left() - 1);
+        let (Some(speculation), Some(last)) = (&mut self.speculation, self.tokens.last()) else { return Ok(0) };
+        let (last, n_prompt) = (last.token, self.output.stats.prompt_tokens);
+        let proposal = speculation.propose(self.output.history(), n_prompt, most, vocab)?;
+        if speculation.rest() > 0 {
+            return Ok(0); // it was found to lose
+        }
+        self.tokens.extend(proposal.iter().map(|&token| Held { token, drawn: true }));
+        Ok(self.rows.insert(Rows::new(last, proposal)).tokens().len() - 1)
+    }
+
+    /// The rows of the step whose logits count, where the tokens end with those that are certain.
+    fn take_rows(&mut self) -> Rows {
+        let proposed = self.proposed();
+        self.tokens.truncate(self.tokens.len() - proposed);
+        let last = self.tokens.last().expect("a prompt has a token").token;
+        self.rows.take().unwrap_or_else(|| Rows::new(last, Vec::new()))
+    }
+
+    fn proposed(&self) -> usize {
+        self.rows.as_ref().map_or(0, |rows| rows.tokens().len() - 1)
+    }
+
+    /// The row that the next token is drawn from, if there is one: with drafts, one that was computed over what was drawn.
+    fn next_row(&mut self, rows: &mut Rows) -> Option<usize> {
+        let last = self.tokens.last()?.token;
+        let Some(speculation) = &mut self.speculation else { return rows.next(last) };
+        let row = speculation.next_row(rows, last);
+        self.output.stats.drafts = speculation.drafts();
+        row
+    }
 }
 
 impl Running {
@@ -169,6 +217,8 @@ impl Scheduler {
             last_id: 0,
             under_way: VecDeque::new(),
             in_place: false,
+            drafts: options.drafts,
+            turn: 0,
             computed: 0,
             hashing: false,
         })
@@ -223,7 +273,8 @@ impl Scheduler {
         self.last_id += 1;
         let outbox = Arc::new(Outbox::default());
         let given = tokens.len();
-        let mut task = Task { id: self.last_id, tokens, given, proposed: 0, output, outbox: outbox.clone() };
+        let (id, speculation, rows) = (self.last_id, None, None);
+        let mut task = Task { id, tokens, given, speculation, rows, output, outbox: outbox.clone() };
         if task.output.finish.is_some() {
             task.outbox.end(&mut task.output, None);
         } else {
@@ -263,27 +314,24 @@ impl Scheduler {
         self.kv.counts()
     }
 
-    /// Tokens that were computed so far, of prompts and drawn; not those that a shared prefix spared.
+    /// Tokens that were computed so far, of prompts, drawn and drafted; not those that a shared prefix spared.
     pub fn computed_tokens(&self) -> u64 {
         self.computed
     }
 
-    /// For speculation: the next step computes these tokens of a session too, as if it had drawn them, draws after each, and
-    /// takes back those that it would not have drawn. Says how many: none while the session's next token is under way, and
-    /// never one that could not be drawn any more.
-    #[doc(hidden)]
-    pub fn propose(&mut self, request: &Request, tokens: &[TokenId]) -> usize {
-        let vocab = self.engine.config().vocab_size;
-        let Some(r) = self.running.iter_mut().find(|r| Arc::ptr_eq(&r.task.outbox, &request.0)) else { return 0 };
-        let (task, len) = (&mut r.task, self.kv.len(r.slot));
-        let ready = task.tokens[len..].iter().all(|held| held.drawn) && task.tokens.len() == len + 1;
-        if !ready || self.under_way.iter().any(|step| step.feeds.iter().any(|feed| feed.id == task.id)) {
-            return 0;
+    /// Let somebody draft tokens for a session from its next step on, or nobody any longer. Its steps take another time and may
+    /// give several tokens at once; what it says is the same to the bit. What became of drafts is in its
+    /// [`Request::stats`]. No effect on a request that has ended.
+    ///
+    /// Sessions that draft share the [`SchedulerOptions::drafts`] of a step; they hold back the host, which else submits steps
+    /// ahead of their tokens.
+    pub fn set_speculation(&mut self, request: &Request, speculation: Option<Speculation>) {
+        let running = self.running.iter_mut().map(|r| &mut r.task);
+        let mut tasks = running.chain(&mut self.waiting);
+        if let Some(task) = tasks.find(|task| Arc::ptr_eq(&task.outbox, &request.0)) {
+            task.speculation = speculation;
+            task.speculation.iter_mut().for_each(Speculation::begin);
         }
-        let tokens = tokens.iter().take(task.output.left() - 1).take_while(|id| (**id as usize) < vocab);
-        task.tokens.extend(tokens.map(|&token| Held { token, drawn: true }));
-        task.proposed = task.tokens.len() - len - 1;
-        task.proposed
     }
 
     /// For tests: take a hash of the logits that every token is drawn from.
@@ -302,7 +350,7 @@ impl Scheduler {
     pub(crate) fn compute_prompts(&mut self) -> Result<()> {
         self.admit();
         while let Some(step) = self.submit_prompts()? {
-            self.deliver(step)?;
+            self.deliver(step, Instant::now())?;
         }
         Ok(())
     }
@@ -362,6 +410,10 @@ impl Scheduler {
             self.forget_ahead();
         }
         if self.under_way.is_empty() {
+            self.ask_drafters();
+        }
+        let started = Instant::now();
+        if self.under_way.is_empty() {
             self.submit_drawn()?;
         }
         while self.may_go_ahead() {
@@ -369,31 +421,57 @@ impl Scheduler {
         }
         let drawn = self.under_way.pop_front();
         let prompts = self.submit_prompts()?;
-        [drawn, prompts].into_iter().flatten().try_for_each(|step| self.deliver(step))
+        [drawn, prompts].into_iter().flatten().try_for_each(|step| self.deliver(step, started))
     }
 
     /// What the device computes ahead does not count any more.
     fn forget_ahead(&mut self) {
         self.under_way.clear();
         self.in_place = false;
-        self.running.iter().for_each(|r| self.kv.shrink(r.slot));
+        for r in &mut self.running {
+            r.task.take_rows();
+            self.kv.shrink(r.slot);
+        }
+    }
+
+    /// Ask those who draft, and do not rest, for tokens to verify in the next step. They share the rows that are left beside
+    /// one of each session, and take turns in being the first.
+    fn ask_drafters(&mut self) {
+        let kv = &self.kv;
+        let drawing = |r: &&Running| r.task.tokens[kv.len(r.slot)].drawn;
+        let sessions: Vec<&Running> = self.running.iter().filter(drawing).collect();
+        let drafts = |r: &&&Running| r.task.resting() == 0 && r.task.tokens.len() == kv.len(r.slot) + 1;
+        let mut ids: Vec<u64> = sessions.iter().filter(drafts).map(|r| r.task.id).collect();
+        if ids.is_empty() {
+            return;
+        }
+        let mut room = self.drafts.min(self.state.max_picks as usize - sessions.len());
+        self.turn = (self.turn + 1) % ids.len();
+        ids.rotate_left(self.turn);
+        let vocab = self.engine.config().vocab_size;
+        for (asked, id) in ids.iter().enumerate() {
+            let share = room.div_ceil(ids.len() - asked);
+            let at = self.index(*id).expect("it runs");
+            match self.running[at].task.propose(share, vocab) {
+                Ok(count) => room -= count,
+                Err(e) => self.dismiss(at, Some(e)),
+            }
+        }
     }
 
     /// The drawn tokens that the next step computes: one of each session that has any, and more of those that were given many
     /// at once, as far as the device has room for logits.
     fn drawn_feeds(&mut self) -> Vec<Feed> {
         let kv = &self.kv;
-        let drawing = |r: &&mut Running| r.task.tokens[kv.len(r.slot)].drawn;
-        let sessions: Vec<&mut Running> = self.running.iter_mut().filter(drawing).collect();
-        let mut more = self.state.max_picks as usize - sessions.len();
-        let feed = |r: &mut Running| {
-            let first = kv.len(r.slot);
-            let count = r.next(first, 1 + more);
-            more -= count - 1;
-            if r.task.proposed > 0 {
-                // What the step has no room for is not proposed any more.
-                r.task.tokens.truncate(first + count);
-                r.task.proposed = count - 1;
+        let drawing = |r: &&Running| r.task.tokens[kv.len(r.slot)].drawn;
+        let sessions: Vec<&Running> = self.running.iter().filter(drawing).collect();
+        let proposed: usize = sessions.iter().map(|r| r.task.proposed()).sum();
+        let mut more = self.state.max_picks as usize - sessions.len() - proposed;
+        let feed = |r: &Running| {
+            let (first, proposed) = (kv.len(r.slot), r.task.proposed());
+            let count = r.next(first, 1 + proposed.max(more));
+            if proposed == 0 {
+                more -= count - 1;
             }
             r.feed(first, count, self.hashing)
         };
@@ -479,12 +557,14 @@ impl Scheduler {
     }
 
     /// Whether the step after those under way can be submitted before their tokens are known: they are drawn on the device,
-    /// everybody draws, and nobody is at the last token.
+    /// everybody draws, and nobody is at the last token or drafts the next.
     fn may_go_ahead(&self) -> bool {
         let Some(last) = self.under_way.back().filter(|_| self.in_place) else { return false };
         let steps = self.under_way.len();
-        let goes_on =
-            |(r, id): (&Running, u64)| r.task.id == id && r.task.output.greedy() && r.task.output.left() > steps;
+        let goes_on = |(r, id): (&Running, u64)| {
+            let task = &r.task;
+            task.id == id && task.output.greedy() && task.output.left() > steps && task.resting() > steps
+        };
         let mut ids: Vec<u64> = last.feeds.iter().filter(|f| f.draws && f.count == 1).map(|f| f.id).collect();
         ids.sort_unstable();
         steps < 1 + self.engine.device().ahead()
@@ -551,8 +631,8 @@ impl Scheduler {
         Ok(Submitted { feeds, places, drawn, logits })
     }
 
-    /// Wait for a step, and give its sessions what they have drawn.
-    fn deliver(&mut self, step: Submitted) -> Result<()> {
+    /// Wait for a step, begun at `started`, and give its sessions what they have drawn.
+    fn deliver(&mut self, step: Submitted, started: Instant) -> Result<()> {
         let logits = step.logits.map(Later::get).transpose()?;
         let drawn = match step.drawn {
             Some(later) => drawn(later)?,
@@ -562,7 +642,7 @@ impl Scheduler {
                 Vec::new()
             }
         };
-        let row_bytes = self.engine.config().vocab_size * 4;
+        let (took, row_bytes) = (started.elapsed(), self.engine.config().vocab_size * 4);
         for (feed, place) in step.feeds.iter().zip(step.places) {
             let Some(at) = self.index(feed.id) else { continue }; // it was cancelled
             let Running { slot, task } = &mut self.running[at];
@@ -570,11 +650,18 @@ impl Scheduler {
                 self.kv.commit(*slot, &task.tokens, feed.first + feed.count);
                 continue;
             }
-            // A token is drawn after the last that is certain, and after each that was proposed while those are what is drawn.
-            let proposed = std::mem::take(&mut task.proposed);
-            let certain = task.tokens.len() - proposed;
+            let asked = task.rows.is_some();
+            let mut rows = task.take_rows();
+            let (first, proposed) = (place + 1 - rows.tokens().len(), rows.tokens().len() - 1);
+            match &mut task.speculation {
+                Some(speculation) if asked => speculation.stepped(&rows, took),
+                // The first token, and those that were given, say nothing of what one costs.
+                Some(speculation) if feed.first >= task.given => speculation.rested(took),
+                _ => {}
+            }
             let mut error = None;
-            for (next, row) in (certain..).zip(place - proposed..=place) {
+            while let Some(row) = task.next_row(&mut rows) {
+                let row = first + row;
                 let logits: Option<Vec<f32>> = logits.as_ref().filter(|_| feed.logits).map(|bytes| {
                     let row = bytes[row * row_bytes..(row + 1) * row_bytes].chunks_exact(4);
                     row.map(bytemuck::pod_read_unaligned).collect()
@@ -591,18 +678,10 @@ impl Scheduler {
                         break;
                     }
                 };
-                let right = task.tokens.get(next).is_some_and(|held| held.token == chosen.id);
-                if !right {
-                    task.tokens.truncate(next);
-                    task.tokens.push(Held { token: chosen.id, drawn: true });
-                }
+                task.tokens.push(Held { token: chosen.id, drawn: true });
                 let token = task.output.say(&self.engine, chosen);
-                let over = token.finish.is_some();
                 task.outbox.tell(token, hash, task.output.stats);
-                if over {
-                    task.tokens.truncate(next + 1);
-                }
-                if over || !right {
+                if task.output.finish.is_some() {
                     break;
                 }
             }

@@ -5,9 +5,10 @@ use crate::harness::{Named, Random, cpu, gpus};
 use crate::models;
 use fourfold::device::{Device, Later, Limits};
 use fourfold::program::{BufferId, Program, Slice};
+use fourfold::speculate::{DraftModel, Drafter, Drafts, PromptLookup};
 use fourfold::{
     Activations, CacheFormat, DeviceChoice, Engine, Error, Finish, Part, ReplyOptions, Request, Result, Sampling,
-    Scheduler, SchedulerOptions, Token, Want, hash,
+    Scheduler, SchedulerOptions, Speculation, Token, Want, hash,
 };
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -248,7 +249,13 @@ impl Device for Changed {
 }
 
 /// Requests that come at random steps, some of them cancelled at random. Says how many were cancelled, or what was wrong.
-fn at_random(engine: &Engine, cases: &[Case], options: &SchedulerOptions, seed: u64) -> Result<usize, String> {
+fn at_random(
+    engine: &Engine,
+    cases: &[Case],
+    options: &SchedulerOptions,
+    drafting: bool,
+    seed: u64,
+) -> Result<usize, String> {
     let (mut random, mut cancels) = (Random(seed), 0);
     let mut scheduler = scheduler(engine, options);
     let mut requests: Vec<(&Case, Request)> = Vec::new();
@@ -256,7 +263,11 @@ fn at_random(engine: &Engine, cases: &[Case], options: &SchedulerOptions, seed: 
     loop {
         while left > 0 && random.below(3) > 0 {
             let case = &cases[random.below(cases.len())];
-            requests.push((case, add(&mut scheduler, case)));
+            let request = add(&mut scheduler, case);
+            if drafting && random.below(2) == 0 {
+                scheduler.set_speculation(&request, Some(hostile(case, seed, random.below(16))));
+            }
+            requests.push((case, request));
             left -= 1;
         }
         if random.below(4) == 0 && cancels < cases.len() && !requests.is_empty() {
@@ -286,8 +297,8 @@ fn neighbours_chunks_pages_and_running_ahead_change_nothing() {
             let cases = cases(&plain);
             let greedy_cases: Vec<Case> = cases.iter().step_by(2).cloned().collect();
             let mut cancelled = 0;
-            // The host runs ahead only where all are greedy.
-            let groups = [(&plain, &cases), (&ahead, &cases), (&ahead, &greedy_cases)];
+            // The host runs ahead only where all are greedy, and nobody drafts.
+            let groups = [(&plain, &cases, true), (&ahead, &cases, true), (&ahead, &greedy_cases, false)];
             let (rounds, groups): (&[(usize, usize, usize, bool)], _) = match where_ {
                 "twins" => (&[(1, 5, 2, true), (16, 64, 5, true), (7, 1, 3, true), (16, 100, 4, false)], &groups[..]),
                 _ => (&[(5, 33, 4, true)], &groups[1..]),
@@ -295,10 +306,12 @@ fn neighbours_chunks_pages_and_running_ahead_change_nothing() {
             for (round, &(page, chunk, sessions, share)) in rounds.iter().enumerate() {
                 // Room for the longest and little more, so that prefixes have to make way.
                 let pages = Some(400usize.div_ceil(page));
-                let options = SchedulerOptions { page, chunk: Some(chunk), sessions, pages, share, context: None };
+                let drafts = [6, 16, 1, 0][round];
+                let options =
+                    SchedulerOptions { page, chunk: Some(chunk), sessions, pages, share, drafts, context: None };
                 let seed = 7 + round as u64;
-                for (engine, cases) in groups {
-                    cancelled += at_random(engine, cases, &options, seed)
+                for (engine, cases, drafting) in groups {
+                    cancelled += at_random(engine, cases, &options, *drafting, seed)
                         .unwrap_or_else(|e| panic!("{options:?} of {} on {where_}: {e}", dir.display()));
                 }
             }
@@ -322,10 +335,72 @@ fn the_host_runs_ahead_while_nobody_comes_or_goes() {
     // 16 and 4 + 4 tokens of prompts, then two a step, two steps ahead, and never past the last.
     assert_eq!(computed, [16, 24, 30, 32, 34, 36, 38, 40, 40]);
     requests.iter().for_each(|request| told(&case, request).unwrap());
+    // Not where somebody drafts; but while it rests, as it does for four tokens until it knows what they cost.
+    for (count, want) in [(3, [20, 21, 22]), (0, [20, 23, 24])] {
+        let mut scheduler =
+            self::scheduler(&engine, &SchedulerOptions { chunk: Some(32), ..SchedulerOptions::default() });
+        let request = add(&mut scheduler, &case);
+        let nothing = knows(&case, How::Nothing);
+        let nothing = if count == 0 { nothing } else { nothing.with_count(count).unwrap() };
+        scheduler.set_speculation(&request, Some(nothing));
+        let computed = [(); 3].map(|()| {
+            scheduler.step().unwrap();
+            scheduler.computed_tokens()
+        });
+        assert_eq!(computed, want);
+        run(&mut scheduler);
+        told(&case, &request).unwrap();
+    }
+}
+
+/// Drafts from a reply that it knows, and makes something of it.
+#[derive(Debug)]
+struct Knows {
+    reply: Vec<u32>,
+    how: How,
+}
+
+#[derive(Debug)]
+enum How {
+    Right,
+    Nothing,
+    /// Right ones, right ones with a wrong end, wrong ones, more than can be, no tokens at all, none.
+    Hostile(Random),
+    Fails,
+}
+
+impl Drafter for Knows {
+    fn propose(&mut self, history: &[u32], n_prompt: usize, most: usize) -> Result<Vec<u32>> {
+        let mut drafts = self.reply[history.len() - n_prompt..].to_vec();
+        match &mut self.how {
+            How::Right => drafts.truncate(most),
+            How::Nothing => drafts.clear(),
+            How::Hostile(random) => match random.below(6) {
+                0 => drafts.truncate(random.below(8)),
+                1 => drafts.iter_mut().skip(random.below(4)).for_each(|token| *token = (*token + 1) % 500),
+                2 => drafts.iter_mut().for_each(|token| *token ^= 1),
+                3 => drafts.resize(90, 7),
+                4 => drafts = vec![u32::MAX; 3],
+                _ => drafts.clear(),
+            },
+            How::Fails => return Err(Error::Device("told to fail".to_owned())),
+        }
+        Ok(drafts)
+    }
+}
+
+fn knows(case: &Case, how: How) -> Speculation {
+    Speculation::new(Knows { reply: case.tokens.clone(), how })
+}
+
+/// Drafts up to `count` tokens a step, or (0) as many as it takes to be good.
+fn hostile(case: &Case, seed: u64, count: usize) -> Speculation {
+    let speculation = knows(case, How::Hostile(Random(seed)));
+    if count == 0 { speculation } else { speculation.with_count(count).unwrap() }
 }
 
 #[test]
-fn what_is_proposed_is_taken_back_unless_it_would_have_been_drawn() {
+fn what_is_drafted_is_taken_back_unless_it_would_have_been_drawn() {
     for (where_, device) in devices() {
         for dir in fixtures() {
             let engine = engine(&dir, &device, 100);
@@ -333,37 +408,96 @@ fn what_is_proposed_is_taken_back_unless_it_would_have_been_drawn() {
             for page in [4, 16] {
                 let mut scheduler = scheduler(&engine, &SchedulerOptions { page, ..SchedulerOptions::default() });
                 let requests: Vec<Request> = cases.iter().map(|case| add(&mut scheduler, case)).collect();
-                let (mut random, mut steps, mut said) = (Random(page as u64), 0, [0, 0]);
-                while scheduler.step().unwrap() {
-                    scheduler.check_pages().unwrap();
-                    steps += 1;
-                    for (i, (case, request)) in cases.iter().zip(&requests).enumerate() {
-                        said[i] = request.stats().generated_tokens;
-                        // Right ones, right ones with a wrong end, wrong ones, more than can be, no tokens at all, none.
-                        let mut drafts = case.tokens[said[i]..].to_vec();
-                        match random.below(6) {
-                            0 => drafts.truncate(random.below(8)),
-                            1 => drafts.iter_mut().skip(random.below(4)).for_each(|token| *token = (*token + 1) % 500),
-                            2 => drafts.iter_mut().for_each(|token| *token ^= 1),
-                            3 => drafts.resize(90, 7),
-                            4 => drafts = vec![u32::MAX; 3],
-                            _ => drafts.clear(),
-                        }
-                        let proposed = scheduler.propose(request, &drafts);
-                        assert!(
-                            proposed <= 20 - said[i].min(19) && (drafts.first() != Some(&u32::MAX) || proposed == 0)
-                        );
-                    }
+                for (i, (case, request)) in cases.iter().zip(&requests).enumerate() {
+                    scheduler.set_speculation(request, Some(hostile(case, (page + i) as u64, 15)));
                 }
-                assert!(steps < 20, "{steps} steps: nothing that was proposed was right");
+                run(&mut scheduler);
                 for (case, request) in cases.iter().zip(&requests) {
                     told(case, request)
                         .unwrap_or_else(|e| panic!("pages of {page}, {} on {where_}: {e}", dir.display()));
+                    let d = request.stats().drafts;
+                    assert!(d.accepted() > 0 && d.drafted() > d.accepted() && d.steps + d.accepted() < 20, "{d:?}");
                 }
-                assert_eq!(scheduler.pages().map(|pages| pages.held), [0, 0]);
+            }
+            // The comparison notices a wrong token that is kept.
+            let mut scheduler = scheduler(&engine, &SchedulerOptions::default());
+            let request = add(&mut scheduler, &cases[0]);
+            scheduler
+                .set_speculation(&request, Some(knows(&cases[1], How::Right).keeping_wrong().with_count(3).unwrap()));
+            run(&mut scheduler);
+            assert!(told(&cases[0], &request).is_err(), "{} on {where_}", dir.display());
+        }
+    }
+}
+
+#[test]
+fn sessions_that_draft_and_those_that_do_not_share_steps() {
+    for (where_, device) in devices() {
+        for dir in fixtures() {
+            let engine = engine(&dir, &device, 120);
+            let words = [prompt(3, 12), prompt(3, 12), prompt(3, 9)].concat();
+            let cases = [
+                alone(&engine, words.clone(), greedy(30)),
+                alone(&engine, words, warm(30, 2)),
+                alone(&engine, prompt(1, 14), greedy(30)),
+                alone(&engine, prompt(2, 30), warm(24, 3)),
+                alone(&engine, prompt(5, 40), greedy(20)),
+                alone(&engine, prompt(6, 9), warm(20, 4)),
+            ];
+            for count in [Some(4), None] {
+                let mut scheduler = scheduler(&engine, &SchedulerOptions { page: 4, ..SchedulerOptions::default() });
+                let requests: Vec<Request> = cases.iter().map(|case| add(&mut scheduler, case)).collect();
+                let own = || Speculation::new(DraftModel::new(&engine, &engine).unwrap());
+                let lookup = || Speculation::new(PromptLookup);
+                for (request, who) in requests.iter().zip([lookup(), lookup(), own(), own()]) {
+                    let who = if let Some(count) = count { who.with_count(count).unwrap() } else { who };
+                    scheduler.set_speculation(request, Some(who));
+                }
+                run(&mut scheduler);
+                for (i, (case, request)) in cases.iter().zip(&requests).enumerate() {
+                    told(case, request).unwrap_or_else(|e| panic!("{i} of {} on {where_}: {e}", dir.display()));
+                    let (n, d) = (request.stats().generated_tokens, request.stats().drafts);
+                    assert!(d.steps + d.accepted() < n && (i < 4 || d == Drafts::default()), "{i} on {where_}: {d:?}");
+                }
+                let [drafted, accepted] = [Drafts::drafted, Drafts::accepted].map(|of| of(&requests[2].stats().drafts));
+                assert_eq!(drafted, accepted, "a model drafts for itself on {where_}");
+                assert!(accepted >= 20 || count.is_none(), "only {accepted} on {where_}");
             }
         }
     }
+}
+
+#[test]
+fn those_who_draft_take_turns_and_leave_room() {
+    let engine = engine(&tiny(), &cpu(), 100);
+    let cases = [alone(&engine, prompt(1, 10), greedy(30)), alone(&engine, prompt(2, 12), greedy(30))];
+    for (drafts, accepted) in [(0, 0..=0), (1, 9..=11), (2, 14..=15), (9, 23..=25)] {
+        let options = SchedulerOptions { drafts, sessions: 2, chunk: Some(32), ..SchedulerOptions::default() };
+        let mut scheduler = scheduler(&engine, &options);
+        let requests: Vec<Request> = cases.iter().map(|case| add(&mut scheduler, case)).collect();
+        for (case, request) in cases.iter().zip(&requests) {
+            scheduler.set_speculation(request, Some(knows(case, How::Right).with_count(15).unwrap()));
+        }
+        let mut before = 0;
+        while scheduler.step().unwrap() {
+            let prompts = if before == 0 { 22 } else { 0 };
+            assert!(scheduler.computed_tokens() - before <= (2 + drafts + prompts) as u64);
+            before = scheduler.computed_tokens();
+        }
+        for (case, request) in cases.iter().zip(&requests) {
+            told(case, request).unwrap();
+            let d = request.stats().drafts;
+            assert!(accepted.contains(&d.accepted()) && d.rate() == f64::from(u8::from(drafts > 0)), "{drafts}: {d:?}");
+        }
+    }
+    // One whose drafter fails ends, and the other goes on.
+    let mut scheduler = scheduler(&engine, &SchedulerOptions::default());
+    let requests: Vec<Request> = cases.iter().map(|case| add(&mut scheduler, case)).collect();
+    scheduler.set_speculation(&requests[0], Some(knows(&cases[0], How::Fails).with_count(2).unwrap()));
+    run(&mut scheduler);
+    assert_eq!(requests[0].pull().unwrap().unwrap().choice.id, cases[0].tokens[0]);
+    assert!(requests[0].pull().unwrap_err().to_string().contains("told to fail"));
+    told(&cases[1], &requests[1]).unwrap();
 }
 
 #[test]
@@ -375,9 +509,9 @@ fn a_wrong_page_table_is_noticed() {
     let plain = engine_of(Changed::new(&cpu()));
     let cases = cases(&plain);
     let options = SchedulerOptions { page: 8, ..SchedulerOptions::default() };
-    assert!(at_random(&plain, &cases, &options, 3).is_ok());
+    assert!(at_random(&plain, &cases, &options, false, 3).is_ok());
     let crooked = engine_of(Changed { crooked: Some(Mutex::default()), ..Changed::new(&cpu()) });
-    let error = at_random(&crooked, &cases, &options, 3).expect_err("two pages were the same");
+    let error = at_random(&crooked, &cases, &options, false, 3).expect_err("two pages were the same");
     assert!(error.contains("alone"), "{error}");
 }
 
@@ -448,7 +582,7 @@ fn where_windows_have_passed_a_prefix_is_computed_from_the_last_point_that_has_t
     let first = alone(&engine, long.clone(), greedy(2));
     let early = alone(&engine, [&long[..100], &prompt(2, 9)].concat(), greedy(2));
     let late = alone(&engine, [&long[..270], &prompt(3, 9)].concat(), greedy(2));
-    let options = SchedulerOptions { sessions: 1, pages: Some(60), ..SchedulerOptions::default() };
+    let options = SchedulerOptions { sessions: 1, pages: Some(60), drafts: 0, ..SchedulerOptions::default() };
     let mut scheduler = scheduler(&engine, &options);
     // One session takes four pages of the sliding pool, a step two more: eight and two are there.
     let total = |pages: fourfold::Pages| pages.free + pages.held + pages.kept;
@@ -534,6 +668,7 @@ fn what_cannot_work_is_an_error_that_names_it() {
     fails(SchedulerOptions { context: Some(21), ..with() }, &["context", "21", "1 to 20"]);
     fails(SchedulerOptions { chunk: Some(0), ..with() }, &["chunk", "1 to 2048"]);
     fails(SchedulerOptions { chunk: Some(usize::MAX), ..with() }, &["chunk", "1 to 2048"]);
+    fails(SchedulerOptions { drafts: 1025, ..with() }, &["drafts", "0 to 1024"]);
     let quantised = Engine::builder().checkpoint(&fixtures()[1]).device(DeviceChoice::Cpu).context(20);
     let quantised = quantised.activations(Activations::Nvfp4Dynamic).build().unwrap();
     let e = quantised.scheduler(&with()).unwrap_err();
@@ -571,6 +706,8 @@ fn cancels_at_random_leave_no_page_behind() {
             let prompt = [&prompt(1, random.below(40))[..], &prompt(random.below(3), 1 + random.below(20))].concat();
             let options = if random.below(3) == 0 { warm(30, 1) } else { greedy(1 + random.below(30)) };
             requests.push(scheduler.add(&prompt, &options).unwrap());
+            let lookup = Speculation::new(PromptLookup).with_count(1 + random.below(9)).unwrap();
+            scheduler.set_speculation(&requests[requests.len() - 1], Some(lookup).filter(|_| random.below(3) > 0));
         }
         scheduler.step().unwrap();
         for _ in 0..random.below(4) {
@@ -604,6 +741,9 @@ fn a_device_that_fails_leaves_sessions_as_they_were() {
         let mut random = Random(11);
         let mut scheduler = scheduler(&engine, &SchedulerOptions { sessions: 4, ..SchedulerOptions::default() });
         let requests: Vec<Request> = cases.iter().map(|case| add(&mut scheduler, case)).collect();
+        for (i, (case, request)) in cases.iter().zip(&requests).enumerate().skip(2) {
+            scheduler.set_speculation(request, Some(hostile(case, i as u64, 4)));
+        }
         let mut failed = 0;
         loop {
             failing.fails_after.store(1 + random.below(6), Ordering::Relaxed);

@@ -48,6 +48,8 @@ pub struct Plan {
 pub struct Paged {
     /// Most sequences at once.
     pub sequences: u32,
+    /// Most rows of a step that are drafted.
+    pub drafts: u32,
     /// Positions of a page.
     pub page: u32,
     /// Pages of the layers that see everything, and of the sliding ones.
@@ -78,8 +80,9 @@ impl Plan {
         positions.next_multiple_of(PAGE)
     }
 
-    fn sequences(&self) -> u32 {
-        self.paged.map_or(1, |paged| paged.sequences)
+    /// Rows that a step of generated rows has room for: one of each sequence, and what is drafted.
+    fn generated(&self) -> u32 {
+        self.paged.map_or(1, |paged| paged.sequences + paged.drafts)
     }
 
     /// For layer `idx`: positions of a page, a sequence's places in the page table, pages in all.
@@ -171,14 +174,14 @@ enum Rows {
 impl State {
     /// Buffers for one conversation.
     pub(super) fn new(device: &Arc<dyn Device>, c: &Config, plan: &Plan, rope_table: Slice) -> Result<Self> {
-        let t = u64::from(plan.chunk.max(plan.sequences()));
+        let t = u64::from(plan.chunk.max(plan.generated()));
         let [d, f, moe_f, vocab] =
             [c.hidden_size, c.intermediate_size, c.moe_intermediate_size, c.vocab_size].map(|n| n as u64);
         let [h, hk, dh] = [c.num_attention_heads, c.num_key_value_heads, c.head_dim].map(|n| n as u64);
         let [e, a] = [c.num_local_experts, c.num_experts_per_tok].map(|n| n as u64);
         let dense_f = if c.moe_layers.contains(&false) { f } else { 0 };
         let picks =
-            t.min(16).max(u64::from(plan.sequences())).min((device.limits().max_binding_bytes / (vocab * 4)).max(1));
+            t.min(16).max(u64::from(plan.generated())).min((device.limits().max_binding_bytes / (vocab * 4)).max(1));
         let mut buffers = Vec::new();
         let mut new = |label: &str, bytes: u64| -> Result<Slice> {
             let buffer = Buffer::new(device, label, bytes)?;
@@ -231,7 +234,7 @@ impl State {
         };
         // Of generated rows; a prompt's attention leaves no parts.
         let row_parts = h * u64::from(segments_within(plan.context).next_power_of_two()) * (dh + 4) * 4;
-        let parts = (row_parts * u64::from(plan.sequences()).max(t.min(8))).min(SEGMENT_BYTES.max(row_parts));
+        let parts = (row_parts * u64::from(plan.generated()).max(t.min(8))).min(SEGMENT_BYTES.max(row_parts));
         Ok(Self {
             rows: new("rows", t * size_of::<Row>() as u64)?,
             step: new("step", size_of::<Step>() as u64)?,

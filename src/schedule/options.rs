@@ -9,6 +9,8 @@ use crate::ops::Activations;
 
 /// Most sessions that run at once.
 const MOST: usize = 1024;
+/// Most tokens drafted for a step.
+const MOST_DRAFTS: usize = 1024;
 /// Most positions of a page.
 const MOST_OF_A_PAGE: usize = 1024;
 
@@ -28,11 +30,14 @@ pub struct SchedulerOptions {
     pub chunk: Option<usize>,
     /// Keep a prefix that sessions have in common once, and for those that come later.
     pub share: bool,
+    /// Most drafted tokens in one step, 0 to 1024, of all sessions together: those that draft share them. Each takes room for
+    /// its logits; there are never more than the device binds beside those of the sessions.
+    pub drafts: usize,
 }
 
 impl Default for SchedulerOptions {
     fn default() -> Self {
-        Self { sessions: 16, context: None, page: 16, pages: None, chunk: None, share: true }
+        Self { sessions: 16, context: None, page: 16, pages: None, chunk: None, share: true, drafts: 16 }
     }
 }
 
@@ -44,6 +49,11 @@ pub(super) fn planned(engine: &Engine, options: &SchedulerOptions) -> Result<(Pl
     };
     let sequences = range("sessions", options.sessions, MOST, "a scheduler runs")?;
     let page = range("page", options.page, MOST_OF_A_PAGE, "a page has positions")?;
+    if options.drafts > MOST_DRAFTS {
+        let reason =
+            format!("{} is out of range: a step has room for 0 to {MOST_DRAFTS} drafted tokens", options.drafts);
+        return Err(Error::option("drafts", reason));
+    }
     let most = engine.context();
     let context = range("context", options.context.unwrap_or(most), most, "the engine was built for")?;
     if engine.activations() == Activations::Nvfp4Dynamic {
@@ -64,8 +74,8 @@ pub(super) fn planned(engine: &Engine, options: &SchedulerOptions) -> Result<(Pl
         sequences,
         places,
         ahead: 1 + device.ahead(),
-        // Of prompts, and drawn tokens that were given many at once.
-        rows: chunk + sequences.max(chunk.min(16)),
+        // Of prompts, and drawn tokens that were given many at once or drafted.
+        rows: chunk + (sequences + options.drafts).max(chunk.min(16)),
         pages: [0; 2],
         bound: false,
     };
@@ -89,6 +99,11 @@ pub(super) fn planned(engine: &Engine, options: &SchedulerOptions) -> Result<(Pl
         return Err(Error::option("page", reason));
     }
     (sizes.pages, sizes.bound) = (pages, asked > full);
-    let paged = Paged { sequences: sequences as u32, page: page as u32, pages: pages.map(|n| n as u32) };
+    let paged = Paged {
+        sequences: sequences as u32,
+        drafts: options.drafts as u32,
+        page: page as u32,
+        pages: pages.map(|n| n as u32),
+    };
     Ok((Plan { paged: Some(paged), ..plan }, sizes))
 }

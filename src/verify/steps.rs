@@ -7,6 +7,7 @@ use crate::error::{Error, Result};
 use crate::reply::ReplyOptions;
 use crate::sampler::Sampling;
 use crate::schedule::{Request, SchedulerOptions};
+use crate::speculate::{Drafter, Speculation};
 use crate::tokenizer::TokenId;
 use crate::trace::probe::{hash, poison, while_another_computes};
 use std::time::Instant;
@@ -140,6 +141,10 @@ impl<'a> Trial<'a> {
         &self.others[..self.others.len().min(40)]
     }
 
+    fn recalls(&self) -> Recalls {
+        Recalls { drawn: self.drawn.clone(), vocab: self.engine.config().vocab_size as TokenId }
+    }
+
     /// How a run differs from the one alone.
     fn differs(&self, told: &Told) -> Option<String> {
         let want = &self.alone[told.from..];
@@ -148,6 +153,20 @@ impl<'a> Trial<'a> {
         let role = if first < self.prompt.len() { "prompt" } else { "drawn" };
         let of = want.len();
         Some(format!("{}: position {first} ({role}) is the first of {} in {of} that differ", told.what, wrong.len()))
+    }
+}
+
+/// Drafts what was drawn, but for every third token.
+#[derive(Debug)]
+struct Recalls {
+    drawn: Vec<TokenId>,
+    vocab: TokenId,
+}
+
+impl Drafter for Recalls {
+    fn propose(&mut self, history: &[TokenId], n_prompt: usize, most: usize) -> Result<Vec<TokenId>> {
+        let drawn = self.drawn.iter().zip(0..).skip(history.len() - n_prompt).take(most);
+        Ok(drawn.map(|(id, i)| (id + TokenId::from(i % 3 == 2)) % self.vocab).collect())
     }
 }
 
@@ -222,7 +241,7 @@ fn beside_a_thread(trial: &Trial<'_>) -> Result<Vec<Told>> {
 }
 
 /// The conversation as one of several that come and go, with other pages and chunks; and then once more, where its prefix
-/// is known already. Of its prompt only the last logits are looked at.
+/// is known already, with drafts. Of its prompt only the last logits are looked at.
 fn beside_neighbours(trial: &Trial<'_>) -> Result<Vec<Told>> {
     let options = |tokens: usize| ReplyOptions {
         sampling: Sampling::greedy(),
@@ -251,13 +270,14 @@ fn beside_neighbours(trial: &Trial<'_>) -> Result<Vec<Told>> {
         }
         while scheduler.step()? {}
         let again = scheduler.add(&trial.prompt, &options(drawn))?;
+        scheduler.set_speculation(&again, Some(Speculation::new(trial.recalls()).with_count(4)?));
         while scheduler.step()? {}
         let told = |what: &str, request: &Request| Told {
             what: format!("{what}, {at} of {count} sessions, pages of {page}"),
             from: trial.prompt.len() - 1,
             hashes: request.logit_hashes(),
         };
-        Ok([told("beside others", &requests[at]), told("once more", &again)])
+        Ok([told("beside others", &requests[at]), told("once more, with drafts", &again)])
     };
     // As many as 16 logits are bound at once everywhere.
     let all = [(1, 16, None), (2, 1, Some(3)), (5, 7, Some(64)), (16, 16, None)];

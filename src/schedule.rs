@@ -284,11 +284,12 @@ impl Scheduler {
     }
 
     /// One step: sessions that were cancelled leave, those that wait come in as far as there is room, everybody who draws gets
-    /// a token, and as many tokens of prompts as one step takes are computed. Says whether anything is left to do.
+    /// a token or, with drafts, several, and as many tokens of prompts as one step takes are computed. Says whether anything is
+    /// left to do.
     ///
     /// # Errors
     /// If the device fails. Then the sessions are as they were, and another step goes on with them. An error of one session,
-    /// such as logits that are no numbers, ends that one and is pulled from its request.
+    /// such as logits that are no numbers or a drafter's own, ends that one and is pulled from its request.
     pub fn step(&mut self) -> Result<bool> {
         self.dismiss_cancelled();
         self.admit();

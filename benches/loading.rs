@@ -107,7 +107,7 @@ fn check(folder: &Path, device: &dyn Device) -> Result<()> {
     let plan = Plan {
         context: 4096,
         chunk: 128,
-        sequences: 1,
+        paged: None,
         cache: CacheFormat::F32,
         host: HostStages::default(),
         activations: Activations::F32,

@@ -1,12 +1,14 @@
 //! Measuring: how fast memory is read here, what a step must read, and where its time goes.
 
-use crate::batch::Batch;
 use crate::device::{Buffer, Device};
 use crate::engine::{Engine, Session, Want, write_rows};
 use crate::error::{Error, Result};
 use crate::model::Plan;
 use crate::ops::{Op, Row, Stream};
 use crate::program::{HostStages, Program, Role};
+use crate::reply::ReplyOptions;
+use crate::sampler::Sampling;
+use crate::schedule::{Request, Scheduler, SchedulerOptions};
 use crate::tokenizer::TokenId;
 use std::sync::Arc;
 use std::time::Instant;
@@ -132,12 +134,12 @@ pub fn decode(session: &mut Session, depth: usize, warm: usize, count: usize) ->
 
 /// As [`decode`], of `sequences` sequences that are stepped together: seconds of each step, bytes of a step.
 pub fn decode_batch(engine: &Engine, sequences: usize, depth: usize, warm: usize, count: usize) -> Result<Decode> {
-    let mut batch = filled(engine, sequences, depth, warm + count + 1)?;
-    let bytes = bytes_of_step(&[&batch.begin()?], depth as u64);
+    let (mut scheduler, _requests) = filled(engine, sequences, depth, warm + count + 1)?;
+    let bytes = bytes_of_step(&[&scheduler.begin()?], depth as u64);
     let mut seconds = Vec::new();
     let mut start = Instant::now();
     for i in 0..warm + count {
-        batch.step()?;
+        scheduler.step()?;
         let now = Instant::now();
         if i >= warm {
             seconds.push((now - start).as_secs_f64());
@@ -167,7 +169,7 @@ pub struct Moe {
 /// Where the model has no experts, and where so many rows are no step.
 pub fn moe(engine: &Engine, rows: usize, prompt: bool, rounds: usize) -> Result<Moe> {
     let (device, model, config) = (engine.device(), engine.model(), engine.config());
-    let plan = Plan { sequences: 1, context: 1, chunk: u32::try_from(rows).unwrap_or(u32::MAX), ..*engine.plan() };
+    let plan = Plan { context: 1, chunk: u32::try_from(rows).unwrap_or(u32::MAX), ..*engine.plan() };
     plan.check(config)
         .map_err(|_| Error::option("tokens", format!("{rows} is out of range: 1 to 2048 rows of a step")))?;
     let state = model.state(device, &plan)?;
@@ -275,12 +277,12 @@ const WEIGHTS: [&str; 3] = ["codes", "scales", "row_scales"];
 pub fn profile(engine: &Engine, depth: usize, rows: usize, rounds: usize) -> Result<Vec<Timed>> {
     let device = engine.device();
     clock(device)?;
-    let mut batch = filled(engine, rows, depth, 2)?;
-    let program = batch.begin()?;
+    let (mut scheduler, _requests) = filled(engine, rows, depth, 2)?;
+    let program = scheduler.begin()?;
     device.run(&program)?;
     let mut round = || {
         // A step moves its rows on.
-        batch.begin()?;
+        scheduler.begin()?;
         device.time(&program)
     };
     let rounds = (0..rounds).map(|_| round()).collect::<Result<Vec<_>>>()?;
@@ -292,15 +294,24 @@ pub fn profile(engine: &Engine, depth: usize, rows: usize, rounds: usize) -> Res
     Ok(timed.collect())
 }
 
-/// Sequences with prompts of `depth` tokens, at least one, that part at their first, and room for `more` tokens of each.
-fn filled(engine: &Engine, sequences: usize, depth: usize, more: usize) -> Result<Batch> {
+/// Sessions with prompts of `depth` tokens, at least one, that part at their first, and room for `more` tokens of each.
+fn filled(engine: &Engine, sessions: usize, depth: usize, more: usize) -> Result<(Scheduler, Vec<Request>)> {
     let vocab = engine.config().vocab_size;
-    // No more of the cache than is used: many sequences with the engine's whole context would not fit.
-    let mut batch = Batch::new(engine, sequences, depth.max(1) + more)?;
-    for (sequence, first) in tokens(sequences, vocab).into_iter().enumerate() {
+    // No more of the cache than is used: many sessions with the engine's whole context would not fit.
+    let context = Some(depth.max(1) + more);
+    let mut scheduler = engine.scheduler(&SchedulerOptions { sessions, context, ..SchedulerOptions::default() })?;
+    let options = ReplyOptions {
+        sampling: Sampling::greedy(),
+        max_tokens: Some(more + 1),
+        stop_tokens: Some(Vec::new()),
+        ..ReplyOptions::default()
+    };
+    let mut requests = Vec::new();
+    for first in tokens(sessions, vocab) {
         let mut prompt = tokens(depth.max(1), vocab);
         prompt[0] = first;
-        batch.feed(sequence, &prompt)?;
+        requests.push(scheduler.add(&prompt, &options)?);
     }
-    Ok(batch)
+    scheduler.compute_prompts()?;
+    Ok((scheduler, requests))
 }

@@ -1,12 +1,12 @@
 //! Drawing on the device: the likeliest token of a step becomes the row of the next one there, the host submits ahead and
-//! reads behind.
+//! reads behind. And steps over tokens that were proposed, which a conversation holds as they turn out to be right.
 
 use crate::device::{Device, Later};
 use crate::engine::{Session, write_rows};
 use crate::error::{Error, Result};
 use crate::ops::{Drawn, Row};
 use crate::program::{Program, Slice};
-use crate::sampler::Choice;
+use crate::sampler::{Choice, Sampling, sample};
 use crate::tokenizer::TokenId;
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
@@ -31,9 +31,9 @@ pub(crate) fn run_drawing(device: &Arc<dyn Device>, program: &Program, drawn: Sl
 }
 
 /// Wait for the tokens that [`run_drawing`] asked for, a row's after the other.
-pub(crate) fn drawn(later: Box<dyn Later>) -> Result<Vec<Choice>> {
+pub(crate) fn drawn(later: Box<dyn Later>) -> Result<Vec<Drawn>> {
     let bytes = later.get()?;
-    bytes.chunks_exact(size_of::<Drawn>()).map(|bytes| choice(&bytemuck::pod_read_unaligned(bytes))).collect()
+    Ok(bytes.chunks_exact(size_of::<Drawn>()).map(bytemuck::pod_read_unaligned).collect())
 }
 
 /// Tokens that are being drawn.
@@ -59,6 +59,15 @@ impl Session {
         Ok(())
     }
 
+    /// Begin to draw after `last`, which was drawn, and which the conversation does not hold yet.
+    pub(crate) fn draw_after(&mut self, last: TokenId) -> Result<()> {
+        let position = self.tokens.len();
+        let row = Row { token: last, sequence: 0, position: position as u32, pad: 0 };
+        write_rows(self.engine.device(), &self.state, &[row])?;
+        self.ahead = Some(Ahead { last: Some(last), under_way: VecDeque::new(), position });
+        Ok(())
+    }
+
     /// The next token, while up to `more` tokens after it are computed on the device.
     pub(crate) fn draw(&mut self, more: usize) -> Result<Choice> {
         let device = self.engine.device().clone();
@@ -73,7 +82,7 @@ impl Session {
             let program = self.decode_program(1, ahead.position as u32);
             ahead.under_way.push_back(run_drawing(&device, program, drawn)?);
         }
-        let choice = drawn(ahead.under_way.pop_front().expect("one was asked for"))?.remove(0);
+        let choice = choice(&drawn(ahead.under_way.pop_front().expect("one was asked for"))?[0])?;
         // The step that gave this token held the one before it.
         self.tokens.extend(ahead.last.replace(choice.id));
         self.ahead = Some(ahead);
@@ -81,8 +90,72 @@ impl Session {
     }
 }
 
+/// What a step over proposed tokens gave for each of its rows.
+#[derive(Debug)]
+pub(crate) enum Verified {
+    /// `[T, V]`.
+    Logits(Vec<f32>),
+    /// The likeliest tokens.
+    Likeliest(Vec<Drawn>),
+}
+
+impl Verified {
+    /// The token after a row, whose place in the conversation is behind `history`.
+    pub(crate) fn choose(&self, row: usize, vocab: usize, sampling: &Sampling, history: &[TokenId]) -> Result<Choice> {
+        match self {
+            Self::Logits(logits) => {
+                let logits = &logits[row * vocab..(row + 1) * vocab];
+                sample(sampling, logits, history, history.len() as u64)
+            }
+            Self::Likeliest(drawn) => choice(&drawn[row]),
+        }
+    }
+}
+
+impl Session {
+    /// One decode step over at most `max_picks` tokens: the one drawn last and proposals. The conversation holds none of
+    /// them until [`Self::hold`] says so, one by one; those that it never holds leave no trace: their places are written
+    /// again before they are read. `likeliest`: find the likeliest tokens on the device instead of reading logits.
+    pub(crate) fn verify(&mut self, tokens: &[TokenId], likeliest: bool) -> Result<Verified> {
+        self.ahead = None;
+        self.check(tokens)?;
+        let verified = self.run_verify(tokens, likeliest);
+        if verified.is_err() {
+            self.cut(self.tokens.len());
+        }
+        verified
+    }
+
+    fn run_verify(&mut self, tokens: &[TokenId], likeliest: bool) -> Result<Verified> {
+        self.run_decode(tokens, None)?;
+        let (device, s) = (self.engine.device(), &self.state);
+        if likeliest {
+            let mut drawn = vec![Drawn::default(); tokens.len()];
+            device.read(s.drawn.head(size_of_val(&drawn[..]) as u64), bytemuck::cast_slice_mut(&mut drawn))?;
+            return Ok(Verified::Likeliest(drawn));
+        }
+        let mut logits = vec![0.0f32; tokens.len() * self.engine.config().vocab_size];
+        device.read(s.logits.head(size_of_val(&logits[..]) as u64), bytemuck::cast_slice_mut(&mut logits))?;
+        Ok(Verified::Logits(logits))
+    }
+
+    /// The conversation holds the next token of the last step that was verified.
+    pub(crate) fn hold(&mut self, token: TokenId) {
+        self.tokens.push(token);
+    }
+
+    /// Logits of a row of the last step, `[V]`.
+    pub(crate) fn logits(&self, row: usize) -> Result<Vec<f32>> {
+        let mut logits = vec![0.0f32; self.engine.config().vocab_size];
+        let bytes = size_of_val(&logits[..]) as u64;
+        let from = Slice { offset: row as u64 * bytes, bytes, ..self.state.logits };
+        self.engine.device().read(from, bytemuck::cast_slice_mut(&mut logits))?;
+        Ok(logits)
+    }
+}
+
 /// The token of a row, or why there is none.
-fn choice(drawn: &Drawn) -> Result<Choice> {
+pub(crate) fn choice(drawn: &Drawn) -> Result<Choice> {
     let refuse = |what: &str| Err(Error::Device(format!("the logits {what}: a kernel or the checkpoint is at fault")));
     if drawn.bad != 0 {
         return refuse("contain NaN or infinity");

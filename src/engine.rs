@@ -5,7 +5,6 @@ mod session;
 pub use session::{Cancel, Edit, See, Session, Want, Watch};
 pub(crate) use session::{write_picks, write_rows};
 
-use crate::batch::Batch;
 use crate::checkpoint::{Mapping, ScaleOrder};
 use crate::config::{Config, GenerationConfig};
 use crate::device::{Device, cpu::Cpu, gpu};
@@ -13,7 +12,8 @@ use crate::error::{Error, Result};
 use crate::model::{Found, Model, Needs, Plan, Progress};
 use crate::ops::{Activations, CacheFormat};
 use crate::oracle;
-use crate::program::HostStages;
+use crate::program::{HostStages, Role};
+use crate::schedule::{Scheduler, SchedulerOptions};
 use crate::synth;
 use crate::tokenizer::{ChatFormat, Text, TokenId, Tokenizer};
 use std::path::{Path, PathBuf};
@@ -59,6 +59,7 @@ pub struct EngineBuilder {
     host: HostStages,
     activations: Activations,
     scale_order: ScaleOrder,
+    strict: bool,
     progress: Box<dyn FnMut(Progress)>,
 }
 
@@ -123,6 +124,13 @@ impl EngineBuilder {
         self
     }
 
+    /// Compute prompts by the kernels of generated tokens, so that a position's bits do not follow which of the two its
+    /// tokens were. Slower: no matrix units, and attention of a prompt in segments.
+    pub fn strict(mut self, strict: bool) -> Self {
+        self.strict = strict;
+        self
+    }
+
     /// Called while weights go to the device.
     pub fn progress(mut self, see: impl FnMut(Progress) + 'static) -> Self {
         self.progress = Box::new(see);
@@ -145,7 +153,7 @@ impl EngineBuilder {
         let mut plan = Plan {
             context: clamp(context),
             chunk: clamp(chunk),
-            sequences: 1,
+            paged: None,
             cache: self.cache,
             host: self.host,
             activations: self.activations,
@@ -153,13 +161,16 @@ impl EngineBuilder {
         };
         plan.check(&config)?;
         let (device, fallback) = open_device(&self.device)?;
-        if self.chunk.is_none() && device.limits().matrix {
+        if self.chunk.is_none() && device.limits().matrix && !self.strict {
             plan.chunk = MATRIX_CHUNK;
         }
         plan.chunk = plan.chunk.min(plan.context);
         let model = Model::load(&checkpoint, config, &device, &plan, &mut self.progress)?;
         let name = checkpoint.name().to_owned();
-        Ok(Engine { inner: Arc::new(Inner { name, device, fallback, model, plan, tokenizer, chat, generation }) })
+        let strict = self.strict;
+        Ok(Engine {
+            inner: Arc::new(Inner { name, device, fallback, model, plan, strict, tokenizer, chat, generation }),
+        })
     }
 }
 
@@ -206,6 +217,7 @@ struct Inner {
     fallback: Option<String>,
     model: Model,
     plan: Plan,
+    strict: bool,
     tokenizer: Option<Tokenizer>,
     chat: Option<ChatFormat>,
     generation: GenerationConfig,
@@ -224,6 +236,7 @@ impl Engine {
             host: HostStages::default(),
             activations: Activations::default(),
             scale_order: ScaleOrder::default(),
+            strict: false,
             progress: Box::new(|_| ()),
         }
     }
@@ -256,6 +269,16 @@ impl Engine {
     /// What enters the products with NVFP4 weights.
     pub fn activations(&self) -> Activations {
         self.inner.plan.activations
+    }
+
+    /// Whether prompts are computed by the kernels of generated tokens ([`EngineBuilder::strict`]).
+    pub fn strict(&self) -> bool {
+        self.inner.strict
+    }
+
+    /// What the rows of a prompt's step are to the kernels, if none sees more positions than `reach`.
+    pub(crate) fn prompt_role(&self, reach: usize) -> Role {
+        if self.inner.strict { Role::Generated { reach: reach as u32 } } else { Role::Prompt }
     }
 
     /// The device that computes.
@@ -317,9 +340,9 @@ impl Engine {
         if tokens > context { Err(Error::ContextFull { context, tokens, limit }) } else { Ok(()) }
     }
 
-    /// Several sequences that are decoded together, a token of each in a step.
-    pub fn batch(&self, sequences: usize) -> Result<Batch> {
-        Batch::new(self, sequences, self.context())
+    /// Many sessions that are stepped together, with a cache whose pages they share.
+    pub fn scheduler(&self, options: &SchedulerOptions) -> Result<Scheduler> {
+        Scheduler::new(self, options)
     }
 
     /// A new conversation with a cache of its own.

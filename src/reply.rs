@@ -1,8 +1,10 @@
 //! The decode loop, pulled one token at a time: stopping is not pulling again.
 
-use crate::engine::{Session, Want};
+use crate::decode::Verified;
+use crate::engine::{Engine, Session, Want};
 use crate::error::{Error, Result};
 use crate::sampler::{Choice, Sampling, StopStrings, sample};
+use crate::speculate::{Drafts, Rows, Speculation};
 use crate::tokenizer::{TokenId, Utf8Stream};
 use std::time::{Duration, Instant};
 
@@ -56,6 +58,8 @@ pub struct Stats {
     pub first_token: Duration,
     /// From the first token to the last.
     pub generation: Duration,
+    /// What drafts did, where there are any.
+    pub drafts: Drafts,
 }
 
 impl Stats {
@@ -74,80 +78,172 @@ fn rate(count: usize, time: Duration) -> f64 {
     if time.is_zero() { 0.0 } else { count as f64 / time.as_secs_f64() }
 }
 
-/// A reply being drawn: an iterator of tokens that borrows its session. Drop it to stop.
+/// Turns drawn tokens into a reply: their text, what ends it, what it took.
 #[derive(Debug)]
-pub struct Reply<'s> {
-    session: &'s mut Session,
+pub(crate) struct Output {
     options: ReplyOptions,
     stop_tokens: Vec<TokenId>,
-    /// Tokens to compute before the next draw: the prompt, then the last token.
-    pending: Vec<TokenId>,
     /// Tokens that the repetition penalty looks at: prompt and reply.
     history: Vec<TokenId>,
     utf8: Utf8Stream,
     stops: StopStrings,
     started: Option<Instant>,
     first: Option<Instant>,
-    stats: Stats,
-    finish: Option<Finish>,
-    mark: bool,
-    over: bool,
+    pub stats: Stats,
+    pub finish: Option<Finish>,
 }
 
-impl<'s> Reply<'s> {
-    pub(crate) fn new(session: &'s mut Session, prompt: &[TokenId], options: &ReplyOptions) -> Result<Self> {
+impl Output {
+    /// Nothing is drawn yet.
+    pub fn new(engine: &Engine, prompt: &[TokenId], options: &ReplyOptions) -> Result<Self> {
         options.sampling.validate()?;
         if prompt.is_empty() {
             return Err(Error::option("prompt", "is empty: give at least one token"));
         }
-        let context = session.engine().context();
-        if prompt.len() > context {
-            let limit = session.engine().config().max_position_embeddings;
-            return Err(Error::ContextFull { context, tokens: prompt.len(), limit });
-        }
-        // A cancel that came too late for the last reply is not meant for this one.
-        session.take_cancel();
-        let pending = session.reuse(prompt)?.to_vec();
-        let stop_tokens = options.stop_tokens.clone();
-        let stop_tokens = stop_tokens.unwrap_or_else(|| session.engine().generation().eos_token_id.clone());
-        let stats =
-            Stats { prompt_tokens: prompt.len(), cached_tokens: prompt.len() - pending.len(), ..Stats::default() };
-        let over = options.max_tokens == Some(0);
+        engine.check_room(engine.context(), prompt.len())?;
         Ok(Self {
-            stop_tokens,
-            pending,
+            stop_tokens: options.stop_tokens.clone().unwrap_or_else(|| engine.generation().eos_token_id.clone()),
             history: prompt.to_vec(),
             utf8: Utf8Stream::default(),
             stops: StopStrings::new(options.stop.clone()),
-            options: options.clone(),
             started: None,
             first: None,
-            stats,
-            finish: over.then_some(Finish::MaxTokens),
-            mark: false,
-            over,
-            session,
+            stats: Stats { prompt_tokens: prompt.len(), ..Stats::default() },
+            finish: (options.max_tokens == Some(0)).then_some(Finish::MaxTokens),
+            options: options.clone(),
         })
     }
 
-    /// Why it ended, once it has.
-    pub fn finish(&self) -> Option<Finish> {
-        self.finish
+    /// The time to the first token is counted from the first call.
+    pub fn begin(&mut self) {
+        self.started.get_or_insert_with(Instant::now);
     }
 
-    /// What it took so far.
-    pub fn stats(&self) -> Stats {
-        self.stats
+    /// Whether tokens are the likeliest ones and nothing else is asked for: then they are found on the device.
+    pub fn greedy(&self) -> bool {
+        let sampling = &self.options.sampling;
+        sampling.temperature == 0.0 && sampling.repetition_penalty == 1.0 && sampling.top_logprobs == 0
     }
 
-    /// Text held back because it might have become a stop string or a whole character. The last token gives it out;
-    /// where there is none, after a cancel or an error, it is to be had here.
+    /// Tokens that may still be drawn.
+    pub fn left(&self) -> usize {
+        self.options.max_tokens.map_or(usize::MAX, |max| max - self.stats.generated_tokens)
+    }
+
+    /// The prompt, and what was drawn since.
+    pub fn history(&self) -> &[TokenId] {
+        &self.history
+    }
+
+    /// Draw the next token.
+    pub fn sample(&self, logits: &[f32]) -> Result<Choice> {
+        sample(&self.options.sampling, logits, &self.history, self.history.len() as u64)
+    }
+
+    /// Say a token that was drawn.
+    pub fn say(&mut self, engine: &Engine, choice: Choice) -> Token {
+        let now = Instant::now();
+        let (started, first) = (self.started.unwrap_or(now), *self.first.get_or_insert(now));
+        self.stats.first_token = first - started;
+        self.stats.generation = now - first;
+        self.stats.generated_tokens += 1;
+        self.history.push(choice.id);
+        let stopped = self.stop_tokens.contains(&choice.id);
+        let bytes = match engine.tokenizer() {
+            Ok(t) if !t.is_special(choice.id) => t.token_bytes(choice.id),
+            _ => Vec::new(),
+        };
+        let (mut text, hit) = self.stops.push(&self.utf8.push(&bytes));
+        self.finish = if hit {
+            Some(Finish::StopString)
+        } else if stopped {
+            Some(Finish::StopToken)
+        } else if self.left() == 0 {
+            Some(Finish::MaxTokens)
+        } else {
+            None
+        };
+        if self.finish.is_some() && !hit {
+            text += &self.take_rest();
+        }
+        Token { choice, text, finish: self.finish }
+    }
+
+    /// Text that was held back.
     pub fn take_rest(&mut self) -> String {
         let (mut text, hit) = self.stops.push(&self.utf8.finish());
         if !hit {
             text += &self.stops.finish();
         }
         text
+    }
+}
+
+/// A reply being drawn: an iterator of tokens that borrows its session. Drop it to stop.
+#[derive(Debug)]
+pub struct Reply<'s> {
+    session: &'s mut Session,
+    /// Tokens of the prompt that are still to be computed.
+    pending: Vec<TokenId>,
+    output: Output,
+    /// The last step's rows, and what it gave for them: the next token may stand there already.
+    step: Option<(Rows, Verified)>,
+    /// The row of the last step that the last token was drawn from.
+    row: usize,
+    /// Do not compute on the device what was not asked for, so that the last token's logits stay there.
+    in_step: bool,
+    mark: bool,
+    over: bool,
+}
+
+impl<'s> Reply<'s> {
+    pub(crate) fn new(session: &'s mut Session, prompt: &[TokenId], options: &ReplyOptions) -> Result<Self> {
+        let mut output = Output::new(session.engine(), prompt, options)?;
+        // A cancel that came too late for the last reply is not meant for this one.
+        session.take_cancel();
+        if let Some(speculation) = &mut session.speculation {
+            speculation.begin();
+        }
+        let pending = session.reuse(prompt)?.to_vec();
+        output.stats.cached_tokens = prompt.len() - pending.len();
+        let over = output.finish.is_some();
+        Ok(Self { pending, output, step: None, row: 0, in_step: false, mark: false, over, session })
+    }
+
+    /// Why it ended, once it has.
+    pub fn finish(&self) -> Option<Finish> {
+        self.output.finish
+    }
+
+    /// What it took so far.
+    pub fn stats(&self) -> Stats {
+        let drafts = self.session.speculation.as_ref().map(Speculation::drafts).unwrap_or_default();
+        Stats { drafts, ..self.output.stats }
+    }
+
+    /// Text held back because it might have become a stop string or a whole character. The last token gives it out;
+    /// where there is none, after a cancel or an error, it is to be had here.
+    pub fn take_rest(&mut self) -> String {
+        self.output.take_rest()
+    }
+
+    /// For tests: let [`Self::logits`] give those of every token.
+    #[doc(hidden)]
+    pub fn keeping_logits(mut self) -> Self {
+        self.in_step = true;
+        self
+    }
+
+    /// For tests: the logits that the last token was drawn from, `[V]`, after [`Self::keeping_logits`].
+    #[doc(hidden)]
+    pub fn logits(&self) -> Result<Vec<f32>> {
+        if !self.in_step || self.output.stats.generated_tokens == 0 {
+            return Err(Error::option(
+                "logits",
+                "there are none: ask for them with `keeping_logits`, and draw a token",
+            ));
+        }
+        self.session.logits(self.row)
     }
 
     /// Remember the end of the prompt as a point to come back to.
@@ -157,61 +253,112 @@ impl<'s> Reply<'s> {
     }
 
     fn draw(&mut self) -> Result<Option<Token>> {
-        let started = *self.started.get_or_insert_with(Instant::now);
+        self.output.begin();
         let Some(choice) = self.choose()? else {
-            self.finish = Some(Finish::Cancelled);
+            self.output.finish = Some(Finish::Cancelled);
             return Ok(None);
         };
-        let now = Instant::now();
-        let first = *self.first.get_or_insert(now);
-        self.stats.first_token = first - started;
-        self.stats.generation = now - first;
-        self.stats.generated_tokens += 1;
-        self.history.push(choice.id);
-        let stopped = self.stop_tokens.contains(&choice.id);
-        let bytes = match self.session.engine().tokenizer() {
-            Ok(t) if !t.is_special(choice.id) => t.token_bytes(choice.id),
-            _ => Vec::new(),
-        };
-        let (mut text, hit) = self.stops.push(&self.utf8.push(&bytes));
-        self.finish = if hit {
-            Some(Finish::StopString)
-        } else if stopped {
-            Some(Finish::StopToken)
-        } else if self.options.max_tokens.is_some_and(|max| self.stats.generated_tokens >= max) {
-            Some(Finish::MaxTokens)
-        } else {
-            None
-        };
-        if self.finish.is_some() && !hit {
-            text += &self.take_rest();
-        }
-        Ok(Some(Token { choice, text, finish: self.finish }))
+        Ok(Some(self.output.say(self.session.engine(), choice)))
     }
 
     /// The next token. `None`: cancelled.
     fn choose(&mut self) -> Result<Option<Choice>> {
-        let sampling = &self.options.sampling;
         // The likeliest token is found on the device and fed to the next step there.
-        if sampling.temperature == 0.0 && sampling.repetition_penalty == 1.0 && sampling.top_logprobs == 0 {
-            if self.stats.generated_tokens == 0 {
-                if self.compute(Want::Logits)?.is_none() {
-                    return Ok(None);
-                }
-                self.session.begin_drawing()?;
-            } else if self.session.take_cancel() {
-                return Ok(None);
-            }
-            let more = self.options.max_tokens.map_or(usize::MAX, |max| max - self.stats.generated_tokens - 1);
-            return self.session.draw(more).map(Some);
-        }
-        let Some(logits) = self.compute(Want::Last)? else { return Ok(None) };
-        let choice = sample(&self.options.sampling, &logits, &self.history, self.history.len() as u64)?;
-        self.pending.push(choice.id);
-        Ok(Some(choice))
+        let likeliest = self.output.greedy();
+        if self.output.stats.generated_tokens == 0 { self.choose_first(likeliest) } else { self.choose_next(likeliest) }
     }
 
-    /// Compute the pending tokens chunk by chunk. `None`: cancelled; what was computed stays in the cache.
+    /// The first token, after the prompt.
+    fn choose_first(&mut self, likeliest: bool) -> Result<Option<Choice>> {
+        let want = if likeliest { Want::Logits } else { Want::Last };
+        let Some(logits) = self.compute(want)? else { return Ok(None) };
+        if !likeliest {
+            return self.output.sample(&logits).map(Some);
+        }
+        self.session.begin_drawing()?;
+        self.session.draw(self.ahead(self.resting())).map(Some)
+    }
+
+    /// A token after one that was drawn.
+    fn choose_next(&mut self, likeliest: bool) -> Result<Option<Choice>> {
+        if self.session.take_cancel() {
+            return Ok(None);
+        }
+        let last = *self.output.history.last().expect("a token was drawn");
+        if let Some(choice) = self.take_row(last) {
+            return choice.map(Some);
+        }
+        let proposal = self.propose()?;
+        let resting = self.resting();
+        let started = Instant::now();
+        if likeliest && resting > 0 {
+            if self.session.ahead.is_none() {
+                self.session.draw_after(last)?;
+            }
+            self.row = 0;
+            let choice = self.session.draw(self.ahead(resting - 1))?;
+            self.rested(started);
+            return Ok(Some(choice));
+        }
+        let rows = Rows::new(last, proposal);
+        let verified = self.session.verify(rows.tokens(), likeliest)?;
+        if resting > 0 {
+            self.rested(started);
+        } else if let Some(speculation) = &mut self.session.speculation {
+            speculation.stepped(&rows, started.elapsed());
+        }
+        self.step = Some((rows, verified));
+        self.take_row(last).expect("the first row is the last token's").map(Some)
+    }
+
+    /// The token after a row of the last step that was computed over `last`, if there is one.
+    fn take_row(&mut self, last: TokenId) -> Option<Result<Choice>> {
+        let (rows, verified) = self.step.as_mut()?;
+        let row = match &mut self.session.speculation {
+            Some(speculation) => speculation.next_row(rows, last),
+            None => rows.next(last),
+        };
+        let Some(row) = row else {
+            self.step = None;
+            return None;
+        };
+        self.row = row;
+        self.session.hold(last);
+        let vocab = self.session.engine().config().vocab_size;
+        Some(verified.choose(row, vocab, &self.output.options.sampling, &self.output.history))
+    }
+
+    /// Tokens to verify in the next step: as many as it has rows for, the context has room for, and the reply may have.
+    fn propose(&mut self) -> Result<Vec<TokenId>> {
+        let engine = self.session.engine();
+        let room = engine.context().saturating_sub(self.session.tokens().len() + 1);
+        let most = room.min(self.session.max_picks() - 1).min(self.output.left() - 1);
+        let vocab = engine.config().vocab_size;
+        match &mut self.session.speculation {
+            Some(speculation) => {
+                speculation.propose(&self.output.history, self.output.stats.prompt_tokens, most, vocab)
+            }
+            None => Ok(Vec::new()),
+        }
+    }
+
+    /// Tokens to draw before proposals are asked for.
+    fn resting(&self) -> usize {
+        self.session.speculation.as_ref().map_or(usize::MAX, Speculation::rest)
+    }
+
+    fn rested(&mut self, started: Instant) {
+        if let Some(speculation) = &mut self.session.speculation {
+            speculation.rested(started.elapsed());
+        }
+    }
+
+    /// Tokens that the device may compute ahead, of `most`.
+    fn ahead(&self, most: usize) -> usize {
+        if self.in_step { 0 } else { most.min(self.output.left() - 1) }
+    }
+
+    /// Compute the prompt chunk by chunk. `None`: cancelled; what was computed stays in the cache.
     fn compute(&mut self, want: Want) -> Result<Option<Vec<f32>>> {
         let chunk = self.session.chunk();
         while self.pending.len() > chunk {
@@ -224,10 +371,7 @@ impl<'s> Reply<'s> {
         if self.session.take_cancel() {
             return Ok(None);
         }
-        let logits = match self.stats.generated_tokens {
-            0 => self.session.feed(&self.pending, want)?,
-            _ => self.session.feed_drawn(&self.pending, want)?,
-        };
+        let logits = self.session.feed(&self.pending, want)?;
         self.pending.clear();
         if std::mem::take(&mut self.mark) {
             self.session.set_mark()?;
@@ -244,7 +388,7 @@ impl Iterator for Reply<'_> {
             return None;
         }
         let drawn = self.draw();
-        self.over = drawn.is_err() || self.finish.is_some();
+        self.over = drawn.is_err() || self.output.finish.is_some();
         drawn.transpose()
     }
 }

@@ -55,6 +55,8 @@ pub(crate) const REDUCE: Slot = Slot { name: "reduce", fillings: &["reduce_subgr
 pub(crate) const FOLD: Slot = Slot { name: "fold", fillings: &["fold_subgroup", "fold_shared"] };
 /// Rows of inputs of a workgroup, and rows of weights that pass at a time.
 pub(crate) const TILE: Slot = Slot { name: "tile", fillings: &["tile_1x2", "tile_2x4", "tile_4x2"] };
+/// The same for one row.
+pub(crate) const ROW_TILE: Slot = Slot { name: "tile", fillings: &["tile_1x2"] };
 /// The routes that a workgroup carries.
 pub(crate) const ROUTES: Slot = Slot { name: "routes", fillings: &["routes_each", "routes_grouped"] };
 /// The same where they may not be chosen yet.

@@ -158,7 +158,7 @@ fn bad_flags_are_code_2() {
     with(&["--role", "prompt"], &["--kernel"]);
     with(&["--kernel", "moe", "--batch", "2"], &["--kernel", "--batch"]);
     with(&["--kernel", "moe", "--profile"], &["--kernel", "--profile"]);
-    with(&["--batch", "1025", "--tokens", "1", "--prefill", "1"], &["sequences", "1025", "1 to 1024"]);
+    with(&["--batch", "1025", "--tokens", "1", "--prefill", "1"], &["sessions", "1025", "1 to 1024"]);
     with(&["--chart", "x.png"], &["--chart", ".svg"]);
     let dense = root("tests/fixtures/dense/llama").display().to_string();
     fails(&["bench", "--device", "cpu", "--model", &dense, "--kernel", "moe"], 2, &["kernel", "no experts"]);

@@ -81,6 +81,41 @@ fn seeds_decide_the_text() {
 }
 
 #[test]
+fn drafts_change_the_closing_line_and_nothing_else() {
+    for draw in [&["--greedy"][..], &["--seed", "7", "--repetition-penalty", "1.1"]] {
+        let plain = raw(draw);
+        for draft in ["off", "auto", "ngram"] {
+            let output = raw(&[draw, &["--draft", draft]].concat());
+            assert_eq!(out(&output), out(&plain), "--draft {draft}");
+            assert_eq!(err(&output).contains("drafted"), draft != "off", "{}", err(&output));
+        }
+    }
+    // The built-in model from its files, as its own draft: everything is right.
+    let own = root("models/fireside").display().to_string();
+    let output = raw(&["--greedy", "--draft", &own, "--draft-tokens", "3"]);
+    assert_eq!(out(&output), out(&raw(&["--greedy"])));
+    let told = "5 drafted, 5 accepted (100 100 100 % by place), 3.50 tokens a step in 2 steps";
+    assert!(err(&output).contains(told), "{}", err(&output));
+    // `auto` never fails: another model, rows of a step that change each other, a step that has one row.
+    let modelopt = root("tests/fixtures/qwen3_moe/modelopt").display().to_string();
+    let other = ["run", "--model", &modelopt, "--device", "cpu", "-n", "8", "x", "--draft"];
+    let output = fourfold(&[&other[..], &["auto"]].concat());
+    assert!(output.status.success() && err(&output).contains("drafted"), "{}", err(&output));
+    let dynamic = ["--activations", "nvfp4-dynamic"];
+    let output = fourfold(&[&other[..], &["auto"], &dynamic].concat());
+    assert!(output.status.success() && !err(&output).contains("drafted"), "{}", err(&output));
+    fails(&[&other[..], &["ngram"], &dynamic].concat(), 2, &["draft", "nvfp4-token"]);
+    assert_eq!(out(&raw(&["--greedy", "--draft", "auto", "--chunk", "1"])), out(&raw(&["--greedy"])));
+    // Drafts that cannot be.
+    let common = ["run", "--raw", STORY, "--device", "cpu", "-n", "8"];
+    let other = root("tests/fixtures/gpt_oss/tiny").display().to_string();
+    fails(&[&common[..], &["--draft", &other]].concat(), 2, &["draft", "tokenizer.json", "ngram"]);
+    fails(&[&common[..], &["--draft", "/no/such/model"]].concat(), 3, &["/no/such/model"]);
+    fails(&[&common[..], &["--draft", "ngram", "--draft-tokens", "16"]].concat(), 2, &["draft-tokens", "1 to 15"]);
+    fails(&[&common[..], &["--draft-tokens", "3"]].concat(), 2, &["--draft auto"]);
+}
+
+#[test]
 fn the_closing_line_says_what_it_took() {
     let output = raw(&["--seed", "7"]);
     let line = err(&output).trim();

@@ -90,7 +90,7 @@ pub fn small_binding_gpu(bytes: u64) -> Option<Arc<dyn Device>> {
 }
 
 /// A small seeded generator: every value differs from its neighbours, signs and magnitudes are mixed.
-#[derive(Clone)]
+#[derive(Clone, Debug)]
 pub struct Random(pub u64);
 
 impl Random {

@@ -158,7 +158,7 @@ fn plan(context: u32) -> Plan {
     Plan {
         context,
         chunk: 8,
-        sequences: 1,
+        paged: None,
         cache: CacheFormat::F32,
         host: HostStages::default(),
         activations: Activations::F32,

@@ -91,6 +91,20 @@ fn wgpu_stays_behind_the_seam() {
 }
 
 #[test]
+fn nothing_is_global_but_counters() {
+    let mut counters = 0;
+    for (path, text) in files("src", "rs") {
+        assert!(!text.contains("thread_local!"), "{path}: state of a thread");
+        let statics = text.lines().map(|l| l.trim().trim_start_matches("pub ").trim_start_matches("pub(crate) "));
+        for line in statics.filter(|l| l.starts_with("static ")) {
+            assert!(line.contains("AtomicU64"), "{path}: engines share no state: {line}");
+            counters += 1;
+        }
+    }
+    assert!(counters > 0, "nothing was looked at");
+}
+
+#[test]
 fn every_source_file_says_what_it_owns() {
     for dir in ["src", "tests", "examples"] {
         for (path, text) in files(dir, "rs") {

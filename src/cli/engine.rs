@@ -3,9 +3,10 @@
 use super::{Usage, terminal};
 use clap::ValueEnum;
 use fourfold::checkpoint::{Checkpoint, Mapping, ScaleOrder};
+use fourfold::config::Config;
 use fourfold::device::gpu;
 use fourfold::{Activations, CacheFormat, DeviceChoice, Engine, EngineBuilder, HostStages};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// What computes, and with which weights.
 #[derive(Clone, clap::Args)]
@@ -47,6 +48,9 @@ pub(super) struct EngineArgs {
     /// Compute prompts without matrix units, as a GPU that has none
     #[arg(long)]
     no_matrix_units: bool,
+    /// Compute prompts by the kernels of generated tokens, so that a token's bits do not follow which of the two it was. Slower
+    #[arg(long)]
+    strict: bool,
     /// Behave as a GPU without subgroups
     #[arg(long, hide = true)]
     no_subgroups: bool,
@@ -106,6 +110,11 @@ impl ActivationsArg {
             Self::Nvfp4Static => Activations::Nvfp4Static,
         }
     }
+}
+
+/// The word that stands for a value on the command line.
+fn word(value: impl ValueEnum) -> String {
+    value.to_possible_value().map(|value| value.get_name().to_owned()).unwrap_or_default()
 }
 
 /// The word of the option.
@@ -183,49 +192,107 @@ impl EngineArgs {
         Self { context: self.context.or(wanted), ..self.clone() }
     }
 
+    /// With a context for `tokens`, unless the user chose one.
+    pub(super) fn with_context(&self, tokens: usize) -> Self {
+        Self { context: self.context.or(Some(tokens)), ..self.clone() }
+    }
+
+    /// For another model.
+    pub(super) fn with_model(&self, dir: &Path) -> Self {
+        Self { model: Some(dir.to_owned()), ..self.clone() }
+    }
+
+    /// The options that decide how a model computes, for a command that is to be repeated.
+    pub(super) fn as_flags(&self) -> String {
+        let mut flags = String::new();
+        let mut flag = |name: &str, value: Option<String>| {
+            if let Some(value) = value {
+                flags += &format!(" --{name} {value}");
+            }
+        };
+        flag("model", self.model.as_ref().map(|dir| format!("'{}'", dir.display())));
+        flag("device", Some(word(self.device)));
+        flag("adapter", self.adapter.as_ref().map(|name| format!("'{name}'")));
+        flag("kv", Some(word(self.kv)));
+        flag("activations", Some(word(self.activations)));
+        flag("chunk", self.chunk.map(|n| n.to_string()));
+        let switches = [
+            ("strict", self.strict),
+            ("no-matrix-units", self.no_matrix_units),
+            ("checked-shaders", self.checked_shaders),
+            ("swizzled-scales", self.swizzled_scales),
+        ];
+        for (name, _) in switches.iter().filter(|(_, on)| *on) {
+            flags += &format!(" --{name}");
+        }
+        flags
+    }
+
     /// How files are read.
     pub(super) fn mapping(&self) -> Mapping {
         if self.no_mmap { Mapping::Read } else { Mapping::Mmap }
     }
 
-    /// How files are read and how keys and values are kept: what a model and its reference have in common.
+    /// How files are read, how keys and values are kept, which kernels prompts take: what a model and its reference have
+    /// in common.
     pub(super) fn files_and_cache(&self, builder: EngineBuilder) -> EngineBuilder {
         let order = scale_order(self.swizzled_scales);
-        builder.mapping(self.mapping()).cache(self.kv.format()).scale_order(order)
+        builder.mapping(self.mapping()).cache(self.kv.format()).scale_order(order).strict(self.strict)
     }
 
-    pub(super) fn load(&self, device: DeviceChoice, quiet: bool) -> anyhow::Result<Engine> {
+    pub(super) fn load(&self, device: DeviceChoice, quiet: bool) -> fourfold::Result<Engine> {
         self.load_with_host(device, &self.host, quiet)
     }
 
     /// As [`Self::load`], with other stages on the host.
-    pub(super) fn load_with_host(&self, device: DeviceChoice, host: &[HostArg], quiet: bool) -> anyhow::Result<Engine> {
-        let bar = terminal::loading(quiet);
-        let shown = bar.clone();
-        let mut builder = self
-            .files_and_cache(Engine::builder())
-            .device(device)
-            .activations(self.activations.activations())
-            .host(HostStages {
-                routing: host.contains(&HostArg::Routing),
-                scatter: host.contains(&HostArg::Scatter),
-                attention: host.contains(&HostArg::Attention),
-            })
-            .progress(move |p| {
-                shown.set_length(p.total_bytes);
-                shown.set_position(p.done_bytes);
-            });
+    pub(super) fn load_with_host(
+        &self,
+        device: DeviceChoice,
+        host: &[HostArg],
+        quiet: bool,
+    ) -> fourfold::Result<Engine> {
+        let mut builder =
+            self.files_and_cache(Engine::builder()).device(device).activations(self.activations.activations()).host(
+                HostStages {
+                    routing: host.contains(&HostArg::Routing),
+                    scatter: host.contains(&HostArg::Scatter),
+                    attention: host.contains(&HostArg::Attention),
+                },
+            );
         if let Some(dir) = &self.model {
             builder = builder.checkpoint(dir);
         }
         if let Some(tokens) = self.context {
             builder = builder.context(tokens);
         }
+        self.build(builder, quiet)
+    }
+
+    /// A model that drafts for `engine`, on its device; without `dir`, the built-in one's. How it computes is its own
+    /// matter: it changes no result.
+    pub(super) fn load_draft(&self, engine: &Engine, dir: Option<&Path>, quiet: bool) -> fourfold::Result<Engine> {
+        let builder = Engine::builder().mapping(self.mapping()).cache(self.kv.format()).strict(self.strict);
+        let (builder, checkpoint) = match dir {
+            Some(dir) => (builder.checkpoint(dir), fourfold::synth::open(dir, self.mapping())?),
+            None => (builder.default_draft(), fourfold::default_draft_checkpoint()?),
+        };
+        let limit = Config::open(&checkpoint)?.max_position_embeddings;
+        let builder = builder.device(DeviceChoice::Own(engine.device().clone()));
+        self.build(builder.context(engine.context().min(limit)), quiet)
+    }
+
+    fn build(&self, mut builder: EngineBuilder, quiet: bool) -> fourfold::Result<Engine> {
+        let bar = terminal::loading(quiet);
+        let shown = bar.clone();
         if let Some(tokens) = self.chunk {
             builder = builder.chunk(tokens);
         }
+        let builder = builder.progress(move |p| {
+            shown.set_length(p.total_bytes);
+            shown.set_position(p.done_bytes);
+        });
         let engine = builder.build();
         bar.finish_and_clear();
-        Ok(engine?)
+        engine
     }
 }

@@ -5,10 +5,12 @@ mod bisect;
 mod chat;
 mod devices;
 mod diff;
+mod drafting;
 mod engine;
 mod eval;
 mod inspect;
 mod interrupt;
+mod isolation;
 mod oracle;
 mod quantize;
 mod run;
@@ -16,6 +18,7 @@ mod screen;
 mod synth;
 mod terminal;
 mod trace;
+mod verify;
 
 use clap::{CommandFactory, Parser, Subcommand};
 use std::io::{self, Write};
@@ -38,6 +41,8 @@ Examples:
   fourfold synth --shape gpt-oss-20b DST        such a model as files
   fourfold devices                              which GPUs there are
   fourfold oracle                               whether they compute rightly
+  fourfold verify                               whether bits depend on what they should not
+  fourfold isolation --model A --beside B       whether one model changes another's output
 
 Exit codes:
   0    done
@@ -90,6 +95,10 @@ enum Command {
     Devices,
     /// Check that a device computes rightly: tests whose answers are known
     Oracle(oracle::Args),
+    /// Check that bits do not depend on what they should not: kernels, rows, whole steps
+    Verify(Box<verify::Args>),
+    /// Run a model alone, beside its twin and beside another: every layer's output must keep its bits
+    Isolation(Box<isolation::Args>),
     /// Write a shell's completions to stdout
     #[command(
         after_help = "Example:\n  fourfold completions bash > ~/.local/share/bash-completion/completions/fourfold"
@@ -137,6 +146,8 @@ pub(crate) fn main() -> ExitCode {
         Command::Probe(args) => bisect::probe(&args),
         Command::Devices => devices::devices(),
         Command::Oracle(args) => oracle::oracle(&args),
+        Command::Verify(args) => verify::verify(&args),
+        Command::Isolation(args) => isolation::isolation(&args),
         Command::Completions { shell } => completions(shell),
     };
     match done {

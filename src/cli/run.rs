@@ -1,5 +1,6 @@
 //! `fourfold run`: its flags, the choice between chat, one answer and bare continuation, and the closing line.
 
+use super::drafting::{Draft, Drafting};
 use super::engine::{EngineArgs, activations_name};
 use super::interrupt::Interrupt;
 use super::screen::Screen;
@@ -9,7 +10,7 @@ use clap::ValueEnum;
 use fourfold::config::GenerationConfig;
 use fourfold::sampler::Choice;
 use fourfold::tokenizer::{ChatOptions, Message, Reasoning};
-use fourfold::{Activations, Chat, Engine, ReplyOptions, Sampling, Stats};
+use fourfold::{Activations, Chat, Engine, ReplyOptions, Sampling, Session, Stats};
 use std::hash::{BuildHasher, Hasher};
 use std::io::{self, IsTerminal, Read, Write};
 use std::time::{Duration, Instant};
@@ -63,6 +64,8 @@ pub(super) struct Args {
 
     #[command(flatten)]
     pub(super) drawing: Drawing,
+    #[command(flatten)]
+    drafting: Drafting,
     #[command(flatten)]
     engine: EngineArgs,
 }
@@ -126,6 +129,7 @@ pub(super) fn run(args: &Args, started: Instant) -> anyhow::Result<Ending> {
     // What is wrong with the flags alone is said before anything is loaded.
     let seed = args.drawing.seed.unwrap_or_else(new_seed);
     args.drawing.sampling(&GenerationConfig::default(), seed).validate()?;
+    args.drafting.check()?;
     let device = args.engine.device()?;
     let task = args.task()?;
     let interrupt = Interrupt::install()?;
@@ -133,7 +137,8 @@ pub(super) fn run(args: &Args, started: Instant) -> anyhow::Result<Ending> {
     if let Some(why) = engine.fallback().filter(|_| !args.quiet) {
         terminal::note(why);
     }
-    let run = Run { args, engine, interrupt: &interrupt, started, seed };
+    let draft = args.drafting.load(&args.engine, &engine, args.quiet)?;
+    let run = Run { args, engine, draft, interrupt: &interrupt, started, seed };
     match task {
         Task::Chat => chat::chat(run),
         Task::Answer(prompt) => run.answer(&prompt),
@@ -145,12 +150,19 @@ pub(super) fn run(args: &Args, started: Instant) -> anyhow::Result<Ending> {
 pub(super) struct Run<'a> {
     pub(super) args: &'a Args,
     pub(super) engine: Engine,
+    draft: Draft,
     pub(super) interrupt: &'a Interrupt,
     pub(super) started: Instant,
     pub(super) seed: u64,
 }
 
 impl Run<'_> {
+    fn session(&self) -> anyhow::Result<Session> {
+        let mut session = self.engine.session()?;
+        session.set_speculation(self.draft.speculation(&self.args.drafting, &self.engine)?)?;
+        Ok(session)
+    }
+
     /// An empty conversation.
     pub(super) fn new_chat(&self, system: Option<&str>) -> anyhow::Result<Chat> {
         let effort = |effort| match effort {
@@ -161,7 +173,7 @@ impl Run<'_> {
         };
         let options = ChatOptions { reasoning: self.args.reasoning.map(effort), date: self.args.date.clone() };
         self.engine.chat_format()?;
-        let mut chat = Chat::new(self.engine.session()?, options)?;
+        let mut chat = Chat::new(self.session()?, options)?;
         if let Some(system) = system {
             chat.push(Message::new("system", system));
         }
@@ -210,7 +222,7 @@ impl Run<'_> {
         let tokenizer = self.engine.tokenizer()?;
         let mut options = self.reply_options();
         options.max_tokens.get_or_insert(RAW_TOKENS);
-        let mut session = self.engine.session()?;
+        let mut session = self.session()?;
         let cancel = session.cancel_handle();
         let mut reply = session.reply(&tokenizer.encode_with_specials(prompt)?, &options)?;
         self.interrupt.begin(cancel);
@@ -277,6 +289,7 @@ impl Run<'_> {
             let since = format!(" ({:.2} s after start)", first.as_secs_f64());
             parts.push(after + if streamed.is_first(self) { &since } else { "" });
         }
+        parts.extend(self.draft.told(&stats.drafts));
         parts.push(self.engine.device().describe());
         let activations = self.engine.activations();
         if activations != Activations::F32 {

@@ -6,8 +6,9 @@ use crate::device::{self, Buffer, Device};
 use crate::error::{Error, Result};
 use crate::model::State;
 use crate::ops::{Activations, Row, STATS_WORDS, Step};
-use crate::program::{Program, Role, Slice, Stage};
+use crate::program::{Program, Slice, Stage};
 use crate::reply::{Reply, ReplyOptions};
+use crate::speculate::Speculation;
 use crate::tokenizer::TokenId;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -16,7 +17,8 @@ impl Engine {
     pub(super) fn session_with(&self, edit: Option<Edit>) -> Result<Session> {
         let inner = &self.inner;
         let state = inner.model.state(&inner.device, &inner.plan)?;
-        let body = |tokens| edited(inner.model.body(tokens, Role::Prompt, edit.is_some(), &state), edit.as_ref());
+        let role = self.prompt_role(self.context());
+        let body = |tokens| edited(inner.model.body(tokens, role, edit.is_some(), &state), edit.as_ref());
         let programs = Programs { body: body(1).seal(), head: inner.model.head(1, &state).seal() };
         let decode = inner.model.decode(1, 1, edit.is_some(), &state);
         for program in [&programs.body, &programs.head, &body(inner.plan.chunk), &decode] {
@@ -35,6 +37,7 @@ impl Engine {
             mark: None,
             stats: None,
             edit,
+            speculation: None,
         })
     }
 }
@@ -46,14 +49,18 @@ struct Programs {
     head: Program,
 }
 
-/// Stops a session from another thread, at the next chunk or token.
-#[derive(Clone, Debug)]
+/// Stops a session from another thread, at the next chunk or token; a request of a scheduler, at its next step.
+#[derive(Clone, Debug, Default)]
 pub struct Cancel(Arc<AtomicBool>);
 
 impl Cancel {
     /// Ask the session to end the reply that it is drawing. Forgotten when the next reply begins.
     pub fn cancel(&self) {
         self.0.store(true, Ordering::Relaxed);
+    }
+
+    pub(crate) fn asked(&self) -> bool {
+        self.0.load(Ordering::Relaxed)
     }
 }
 
@@ -74,6 +81,8 @@ pub struct Session {
     /// Where statistics go while they are asked for.
     stats: Option<Buffer>,
     edit: Option<Edit>,
+    /// Who drafts for its replies.
+    pub(crate) speculation: Option<Speculation>,
 }
 
 /// Changes a program after it is recorded.
@@ -150,6 +159,21 @@ impl Session {
     /// A handle that stops this session from another thread.
     pub fn cancel_handle(&self) -> Cancel {
         Cancel(self.cancel.clone())
+    }
+
+    /// Draft tokens for replies from now on, or no longer. Replies take another time, and are the same to the bit. No
+    /// effect where the engine's chunk is 1: then a step has room for one row.
+    ///
+    /// # Errors
+    /// With activations `nvfp4-dynamic`, where tokens that are computed together change each other.
+    pub fn set_speculation(&mut self, speculation: Option<Speculation>) -> Result<()> {
+        if speculation.is_some() && self.engine.activations() == Activations::Nvfp4Dynamic {
+            let reason = "\"nvfp4-dynamic\" has one scale for all rows of a step, so drafts would change what is drawn: \
+                          use \"nvfp4-token\", or no draft";
+            return Err(Error::option("draft", reason));
+        }
+        self.speculation = speculation.filter(|_| self.max_picks() > 1);
+        Ok(())
     }
 
     /// Whether a cancel was asked for; clears it.
@@ -321,7 +345,8 @@ impl Session {
         self.check(tokens)?;
         self.write_rows(tokens)?;
         self.written = self.written.max(self.tokens.len() + tokens.len());
-        let program = self.engine.inner.model.body(tokens.len() as u32, Role::Prompt, true, &self.state);
+        let role = self.engine.prompt_role(self.tokens.len() + tokens.len());
+        let program = self.engine.inner.model.body(tokens.len() as u32, role, true, &self.state);
         Ok(edited(program, self.edit.as_ref()))
     }
 
@@ -344,6 +369,12 @@ impl Session {
     /// Every buffer of the conversation.
     pub(crate) fn state_slices(&self) -> Vec<Slice> {
         self.state.slices()
+    }
+
+    /// Every buffer of which nothing is kept from one step to the next: all but the cache.
+    pub(crate) fn scratch_slices(&self) -> Vec<Slice> {
+        let cache: Vec<Slice> = self.state.cache().collect();
+        self.state.slices().into_iter().filter(|slice| !cache.contains(slice)).collect()
     }
 
     pub(crate) fn device(&self) -> &dyn Device {
@@ -375,7 +406,8 @@ impl Session {
         if count == 1 && !in_parts {
             run(&self.programs.body)?;
         } else {
-            let program = inner.model.body(count, Role::Prompt, in_parts, s);
+            let role = self.engine.prompt_role(first + tokens.len());
+            let program = inner.model.body(count, role, in_parts, s);
             run(&edited(program, self.edit.as_ref()))?;
         }
         let picks: Vec<u32> = match want {
@@ -413,6 +445,21 @@ impl Session {
         self.decode.get(rows, reach, |reach| edited(model.decode(rows, reach, edit.is_some(), state), edit))
     }
 
+    /// Compute a decode step over at most `max_picks` tokens, which the conversation does not hold yet.
+    pub(crate) fn run_decode(&mut self, tokens: &[TokenId], watch: Option<&mut Watch<'_>>) -> Result<()> {
+        self.write_rows(tokens)?;
+        let (first, count) = (self.tokens.len(), tokens.len());
+        self.written = self.written.max(first + count);
+        let (rows, reach, device) = (count as u32, (first + count) as u32, self.engine.inner.device.clone());
+        match watch {
+            None => device.run(self.decode_program(rows, reach)),
+            Some(watch) => {
+                let program = self.engine.inner.model.decode(rows, reach, true, &self.state);
+                run_watched(&device, &edited(program, self.edit.as_ref()), watch, &mut self.stats)
+            }
+        }
+    }
+
     /// One decode step over at most `max_picks` tokens.
     fn decode_step(
         &mut self,
@@ -421,18 +468,8 @@ impl Session {
         logits: &mut Vec<f32>,
         watch: Option<&mut Watch<'_>>,
     ) -> Result<()> {
-        self.write_rows(tokens)?;
-        let (first, count) = (self.tokens.len(), tokens.len());
-        self.written = self.written.max(first + count);
-        let (rows, reach, device) = (count as u32, (first + count) as u32, self.engine.inner.device.clone());
-        match watch {
-            None => device.run(self.decode_program(rows, reach))?,
-            Some(watch) => {
-                let program = self.engine.inner.model.decode(rows, reach, true, &self.state);
-                run_watched(&device, &edited(program, self.edit.as_ref()), watch, &mut self.stats)?;
-            }
-        }
-        let device = &device;
+        self.run_decode(tokens, watch)?;
+        let (device, count) = (&self.engine.inner.device, tokens.len());
         let vocab = self.engine.config().vocab_size;
         let wanted = match want {
             Want::Nothing | Want::Logits => 0..0,

@@ -14,7 +14,7 @@ mod state;
 pub use crate::error::size;
 pub use load::{Found, InputScale};
 pub use needs::{Needs, WeightKind};
-pub use state::{Plan, State};
+pub use state::{Paged, Plan, State};
 
 use crate::checkpoint::Checkpoint;
 use crate::config::{Config, Family, LayerType};

@@ -14,7 +14,7 @@ use crate::ops::{
 use crate::program::{HostStages, Program, Role, Slice};
 use std::sync::Arc;
 
-/// Positions of a page of the cache.
+/// Positions of a page of a conversation's cache.
 const PAGE: u32 = 16;
 /// Bytes that the segments of attention may take, of as many rows at a time as fit.
 const SEGMENT_BYTES: u64 = 64 << 20;
@@ -35,8 +35,8 @@ pub struct Plan {
     pub context: u32,
     /// Most rows in one step.
     pub chunk: u32,
-    /// Sequences that the cache has room for.
-    pub sequences: u32,
+    /// A cache whose pages several sequences share; `None`: one conversation's, with pages of its own.
+    pub paged: Option<Paged>,
     /// How keys and values are stored.
     pub cache: CacheFormat,
     /// Stages that the host computes.
@@ -45,6 +45,19 @@ pub struct Plan {
     pub activations: Activations,
     /// The order of NVFP4 block scales in the file.
     pub scale_order: ScaleOrder,
+}
+
+/// A cache of pages that are handed out as sequences grow (`kv.rs`).
+#[derive(Clone, Copy, Debug)]
+pub struct Paged {
+    /// Most sequences at once.
+    pub sequences: u32,
+    /// Most rows of a step that are drafted.
+    pub drafts: u32,
+    /// Positions of a page.
+    pub page: u32,
+    /// Pages of the layers that see everything, and of the sliding ones.
+    pub pages: [u32; 2],
 }
 
 impl Plan {
@@ -69,6 +82,24 @@ impl Plan {
             window => self.context.min(window + 2 * self.chunk),
         };
         positions.next_multiple_of(PAGE)
+    }
+
+    /// Rows that a step of generated rows has room for: one of each sequence, and what is drafted.
+    fn generated(&self) -> u32 {
+        self.paged.map_or(1, |paged| paged.sequences + paged.drafts)
+    }
+
+    /// For layer `idx`: positions of a page, a sequence's places in the page table, pages in all.
+    fn layout(&self, config: &Config, idx: usize) -> [u32; 3] {
+        match self.paged {
+            None => {
+                let pages = self.capacity(config, idx) / PAGE;
+                [PAGE, pages, pages]
+            }
+            Some(Paged { page, pages, .. }) => {
+                [page, self.context.div_ceil(page), pages[usize::from(window(config, idx) > 0)]]
+            }
+        }
     }
 
     /// Whether a sequence can be cut back to `len` tokens, given that positions below `written` have been written:
@@ -134,8 +165,8 @@ pub struct State {
     windows: Vec<u32>,
     activations: Activations,
     staging: Option<Staging>,
-    /// Page tables: written once.
-    tables: Vec<Buffer>,
+    /// Page tables of the layers that see everything, and of the sliding ones.
+    tables: [Option<Buffer>; 2],
     buffers: Vec<Buffer>,
 }
 
@@ -153,14 +184,14 @@ enum Rows {
 impl State {
     /// Buffers for one conversation.
     pub(super) fn new(device: &Arc<dyn Device>, c: &Config, plan: &Plan, rope_table: Slice) -> Result<Self> {
-        let t = u64::from(plan.chunk.max(plan.sequences));
+        let t = u64::from(plan.chunk.max(plan.generated()));
         let [d, f, moe_f, vocab] =
             [c.hidden_size, c.intermediate_size, c.moe_intermediate_size, c.vocab_size].map(|n| n as u64);
         let [h, hk, dh] = [c.num_attention_heads, c.num_key_value_heads, c.head_dim].map(|n| n as u64);
         let [e, a] = [c.num_local_experts, c.num_experts_per_tok].map(|n| n as u64);
         let dense_f = if c.moe_layers.contains(&false) { f } else { 0 };
         let picks =
-            t.min(16).max(u64::from(plan.sequences)).min((device.limits().max_binding_bytes / (vocab * 4)).max(1));
+            t.min(16).max(u64::from(plan.generated())).min((device.limits().max_binding_bytes / (vocab * 4)).max(1));
         let mut buffers = Vec::new();
         let mut new = |label: &str, bytes: u64| -> Result<Slice> {
             let buffer = Buffer::new(device, label, bytes)?;
@@ -168,28 +199,26 @@ impl State {
             buffers.push(buffer);
             Ok(slice)
         };
-        // Layers with as many pages share a table.
-        let (mut by_pages, mut table_buffers): (Vec<(u32, Slice)>, _) = (Vec::new(), Vec::new());
-        for idx in 0..c.num_hidden_layers {
-            let pages = plan.capacity(c, idx) / PAGE;
-            if by_pages.iter().all(|(n, _)| *n != pages) {
-                let places: Vec<u32> = (0..plan.sequences * pages).collect();
-                let table = Buffer::with_bytes(device, "page table", bytemuck::cast_slice(&places))?;
-                by_pages.push((pages, table.slice()));
-                table_buffers.push(table);
-            }
-        }
+        // Sliding layers share a table, and so do the others.
+        let mut tables: [Option<Buffer>; 2] = [None, None];
         let kv = (0..c.num_hidden_layers)
             .map(|idx| {
-                let capacity = plan.capacity(c, idx);
-                let bytes = plan.cache.bytes(u64::from(plan.sequences * capacity) * hk * dh);
-                let pages = capacity / PAGE;
-                let table = by_pages.iter().find(|(n, _)| *n == pages).expect("made above").1;
+                let [page, places, pages] = plan.layout(c, idx);
+                let table = &mut tables[usize::from(window(c, idx) > 0)];
+                if table.is_none() {
+                    // A conversation's pages lie in order; others are written down as they are handed out.
+                    let entries: Vec<u32> = match plan.paged {
+                        None => (0..pages).collect(),
+                        Some(paged) => vec![0; paged.sequences as usize * places as usize],
+                    };
+                    *table = Some(Buffer::with_bytes(device, "page table", bytemuck::cast_slice(&entries))?);
+                }
+                let bytes = plan.cache.bytes(u64::from(pages) * u64::from(page) * hk * dh);
                 Ok(KvCache {
                     format: plan.cache,
-                    page: PAGE,
-                    pages,
-                    table,
+                    page,
+                    pages: places,
+                    table: table.as_ref().expect("just made").slice(),
                     keys: new(&format!("KV cache, keys of layer {idx}"), bytes)?,
                     values: new(&format!("KV cache, values of layer {idx}"), bytes)?,
                 })
@@ -215,7 +244,7 @@ impl State {
         };
         // Of generated rows; a prompt's attention leaves no parts.
         let row_parts = h * u64::from(segments_within(plan.context).next_power_of_two()) * (dh + 4) * 4;
-        let parts = (row_parts * u64::from(plan.sequences).max(t.min(8))).min(SEGMENT_BYTES.max(row_parts));
+        let parts = (row_parts * u64::from(plan.generated()).max(t.min(8))).min(SEGMENT_BYTES.max(row_parts));
         let layers = if device.limits().matrix { c.num_hidden_layers } else { 0 };
         let read_ahead = (0..layers).map(|_| new("weights read ahead", READ_AHEAD.outputs() as u64 * 4));
         Ok(Self {
@@ -251,19 +280,29 @@ impl State {
             windows: (0..c.num_hidden_layers).map(|idx| window(c, idx)).collect(),
             activations: plan.activations,
             staging,
-            tables: table_buffers,
+            tables,
             buffers,
         })
     }
 
     /// Bytes of all buffers and page tables.
     pub fn bytes(&self) -> u64 {
-        self.buffers.iter().chain(&self.tables).map(|b| b.slice().bytes).sum()
+        self.buffers.iter().chain(self.tables.iter().flatten()).map(|b| b.slice().bytes).sum()
+    }
+
+    /// The page tables, `[S, places]`, of layers that see everything and of sliding ones, as far as there are such.
+    pub fn tables(&self) -> [Option<Slice>; 2] {
+        self.tables.each_ref().map(|table| table.as_ref().map(Buffer::slice))
     }
 
     /// Every buffer, in the order in which they are made: the same for all states of one model and plan.
     pub fn slices(&self) -> Vec<Slice> {
         self.buffers.iter().map(Buffer::slice).collect()
+    }
+
+    /// The keys and values of every layer.
+    pub fn cache(&self) -> impl Iterator<Item = Slice> {
+        self.kv.iter().flat_map(|kv| [kv.keys, kv.values])
     }
 
     /// The caches of the sliding layers, where a position's row is used again by a later one.

@@ -3,12 +3,12 @@
 use super::linear::{Linear, Projection};
 use super::{AddNorm, Addend, InputFormat, KvCache, Op, RmsNorm, Rope, Views};
 use crate::program::{Launch, Program, Slice};
-use crate::shader::{ADDED_INPUT, ADDEND, APPEND, BIAS, E2M1, FOLD, Kernel, LANES, OUTPUT, REDUCE, TILE, WEIGHTS};
+use crate::shader::{ADDED_INPUT, ADDEND, APPEND, BIAS, E2M1, FOLD, Kernel, LANES, OUTPUT, REDUCE, ROW_TILE, WEIGHTS};
 
 pub(crate) const KERNEL: Kernel = Kernel {
     name: "norm_linear",
     source: include_str!("../../shaders/norm_linear.wgsl"),
-    slots: &[WEIGHTS, E2M1, ADDED_INPUT, ADDEND, BIAS, OUTPUT, APPEND, TILE, LANES, FOLD, REDUCE],
+    slots: &[WEIGHTS, E2M1, ADDED_INPUT, ADDEND, BIAS, OUTPUT, APPEND, ROW_TILE, LANES, FOLD, REDUCE],
 };
 
 /// Constants.

@@ -167,6 +167,24 @@ impl Tokenizer {
         self.inner.vocab_size
     }
 
+    /// How the tokens differ from those of another tokenizer, said of this one; `None`: equal ids are equal tokens.
+    pub fn difference(&self, other: &Self) -> Option<String> {
+        if Arc::ptr_eq(&self.inner, &other.inner) {
+            return None;
+        }
+        let spelled = |tokenizer: &Self, id| match tokenizer.inner.hf.id_to_token(id) {
+            Some(token) if tokenizer.is_special(id) => format!("the special token {token:?}"),
+            Some(token) => format!("{token:?}"),
+            None => "nothing".to_owned(),
+        };
+        let differs = |id: &TokenId| {
+            let token = |tokenizer: &Self| (tokenizer.inner.hf.id_to_token(*id), tokenizer.is_special(*id));
+            token(self) != token(other)
+        };
+        let id = (0..=self.max_id().max(other.max_id())).find(differs)?;
+        Some(format!("has {} as token {id} instead of {}", spelled(self, id), spelled(other, id)))
+    }
+
     pub(super) fn specials(&self) -> &Specials {
         &self.inner.specials
     }

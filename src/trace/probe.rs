@@ -4,7 +4,7 @@
 use super::file::stage_order;
 use crate::engine::{Engine, Session, Want, Watch};
 use crate::error::Result;
-use crate::program::Stage;
+use crate::program::{Slice, Stage};
 use crate::tokenizer::TokenId;
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -67,7 +67,7 @@ pub fn probe(
         add(name, &run(&mut new_session()?, tokens, piece.min(whole), || Ok(()))?);
     }
     let mut poisoned = new_session()?;
-    poison(&poisoned)?;
+    poison(&poisoned, &poisoned.state_slices())?;
     add("over scratch and cache full of NaN", &run(&mut poisoned, tokens, whole, || Ok(()))?);
     let mut neighbour = engine.session()?;
     let beside = run(&mut new_session()?, tokens, 3.min(whole), || {
@@ -76,27 +76,36 @@ pub fn probe(
     })?;
     add("between steps of another session", &beside);
     let mut session = new_session()?;
+    let busy = while_another_computes(engine, others, || run(&mut session, tokens, whole, || Ok(())))?;
+    add("while another thread computes", &busy);
+    Ok(trials)
+}
+
+/// Run something while another thread feeds tokens to a session of its own, over and over.
+pub(crate) fn while_another_computes<R>(
+    engine: &Engine,
+    tokens: &[TokenId],
+    run: impl FnOnce() -> Result<R>,
+) -> Result<R> {
     let stop = Stop::default();
-    let busy = std::thread::scope(|scope| {
+    std::thread::scope(|scope| {
         let (started, has_started) = std::sync::mpsc::channel();
         let stop = &stop;
         let other = scope.spawn(move || {
             let mut neighbour = engine.session()?;
             while !stop.0.load(Ordering::Relaxed) {
                 neighbour.clear();
-                neighbour.feed(others, Want::Last)?;
+                neighbour.feed(tokens, Want::Last)?;
                 let _ = started.send(());
             }
             Ok(())
         });
         let stopping = StopOnDrop(stop); // also if what follows panics
         let _ = has_started.recv(); // an error only if the neighbour failed, which `join` tells
-        let hashes = run(&mut session, tokens, whole, || Ok(()));
+        let result = run();
         drop(stopping);
-        other.join().expect("the neighbour does not panic").and(hashes)
-    })?;
-    add("while another thread computes", &busy);
-    Ok(trials)
+        other.join().expect("the neighbour does not panic").and(result)
+    })
 }
 
 /// Feed the tokens in pieces and hash every row of every stage. `between` runs after each piece.
@@ -119,13 +128,13 @@ fn run(
 }
 
 /// FNV-1a over words.
-fn hash(row: &[u32]) -> u64 {
+pub(crate) fn hash(row: &[u32]) -> u64 {
     row.iter().fold(0xcbf2_9ce4_8422_2325, |h, w| (h ^ u64::from(*w)).wrapping_mul(0x0000_0100_0000_01b3))
 }
 
-/// Fill every buffer of a session with NaN.
-fn poison(session: &Session) -> Result<()> {
-    for slice in session.state_slices() {
+/// Fill buffers of a session with NaN.
+pub(crate) fn poison(session: &Session, slices: &[Slice]) -> Result<()> {
+    for &slice in slices {
         // NaN as an f32, and as two bf16.
         let words = vec![0x7fc0_7fc0u32; (slice.bytes / 4) as usize];
         session.device().write(slice, bytemuck::cast_slice(&words))?;

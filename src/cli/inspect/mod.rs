@@ -407,7 +407,7 @@ impl<W: Write> Report<'_, W> {
         let plan = Plan {
             context: clamp(context),
             chunk: clamp(self.args.chunk.min(context)),
-            sequences: 1,
+            paged: None,
             cache: self.args.kv.format(),
             host: HostStages::default(),
             activations: self.args.activations.activations(),

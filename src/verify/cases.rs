@@ -1,0 +1,718 @@
+//! The cases: each kernel over rows of its own, with shapes that leave tiles partly empty. A case computes any of its rows
+//! in any order, so that one recording serves the comparison with the twin and the comparison of rows with themselves.
+
+use super::bench::{Bench, Random};
+use super::kernels::ROWS;
+use crate::error::Result;
+use crate::format::Format;
+use crate::ops::{
+    ActScale, Addend, Amax, Attention, CacheFormat, Gate, GateUp, Glu, Group, HeadNorm, Input, InputScales, KvCache,
+    MoeScatter, PARTS, Piece, Projection, RmsNorm, Rotated, Router, Routes, Routing, Row, STATS_WORDS, StageActivation,
+    Staging, Stream, Swiglu, staged_words,
+};
+use crate::program::{HostStages, Program, Role, Slice};
+use crate::trace::record::stats_program;
+
+const EPS: f64 = f32::EPSILON as f64;
+
+/// What two halves keep of an input, and how matrix units add: about as much as f32 does over a few thousand products.
+const BY_MATRIX: f64 = 4e-6;
+
+/// Every format that a kernel reads.
+const FORMATS: [Format; 5] = [Format::Bf16, Format::Fp8, Format::Fp8Blocks, Format::Mxfp4, Format::Nvfp4];
+
+type Record = Box<dyn Fn(&mut Bench<'_>, &[usize]) -> Result<(Program, Vec<Output>)>>;
+
+/// A kernel over some of [`ROWS`] rows.
+pub(super) struct Case {
+    /// Format and variant, for people.
+    pub(super) what: String,
+    /// How far it may be from its twin.
+    pub(super) tolerance: f64,
+    /// Whether a row's outputs are its own.
+    pub(super) by_row: bool,
+    /// Put the rows on a device, and give the program that computes them.
+    pub(super) record: Record,
+}
+
+/// What a case leaves.
+#[derive(Clone, Copy)]
+pub(super) struct Output {
+    pub(super) slice: Slice,
+    /// Words of each of the rows, in their order. `None`: it is no row's own.
+    pub(super) width: Option<usize>,
+    /// It is records of so many words.
+    record: usize,
+    /// The words of a record that are f32 and may be off by rounding. All others are the same or wrong.
+    near: &'static [usize],
+}
+
+impl Output {
+    /// f32 that rounding may move.
+    fn near(slice: Slice, width: usize) -> Self {
+        Self { slice, width: Some(width), record: 1, near: &[0] }
+    }
+
+    /// Words that are the same or wrong.
+    fn exact(slice: Slice, width: usize) -> Self {
+        Self { near: &[], ..Self::near(slice, width) }
+    }
+
+    /// Not row after row.
+    fn whole(self) -> Self {
+        Self { width: None, ..self }
+    }
+
+    /// How it differs from the twin's.
+    pub(super) fn differs(&self, got: &[u32], want: &[u32], tolerance: f64) -> Option<String> {
+        let is_near = |i: usize| self.near.contains(&(i % self.record));
+        let (mut largest, mut most, mut at) = (0.0f64, 0.0f64, 0);
+        for (i, (&g, &w)) in got.iter().zip(want).enumerate() {
+            if !is_near(i) {
+                if g != w {
+                    return Some(format!("word {i} is {g:#010x}, the twin's {w:#010x}"));
+                }
+                continue;
+            }
+            let (g, w) = (f64::from(f32::from_bits(g)), f64::from(f32::from_bits(w)));
+            if !g.is_finite() || !w.is_finite() {
+                return Some(format!("element {i} is {g}, the twin's {w}"));
+            }
+            most = most.max(w.abs());
+            if (g - w).abs() > largest {
+                (largest, at) = ((g - w).abs(), i);
+            }
+        }
+        let how = || format!("element {at} is off by {:.1e} of the largest, {tolerance:.1e} allowed", largest / most);
+        (largest > tolerance * most).then(how)
+    }
+}
+
+/// The cases by kernel. `matrix`: those of kernels with matrix units, too.
+pub(super) fn cases(matrix: bool) -> Vec<(&'static str, Vec<Case>)> {
+    let mut all = vec![
+        ("embed", vec![embed()]),
+        ("rms_norm", [4, 132, 2880].map(rms_norm).into()),
+        ("add_norm", [1, 3].map(add_norm).into()),
+        ("head_norm", vec![head_norm()]),
+        ("rope", [CacheFormat::F32, CacheFormat::Bf16].map(rope).into()),
+        ("attention of prompts", attention(false)),
+        ("attention of generated rows", attention(true)),
+        ("linear", linear()),
+        ("norm_linear", norm_linears()),
+        ("router", [true, false].map(router).into()),
+        ("group", [(6, 3, 2), (33, 4, 4), (6, 3, 64)].map(group).into()),
+        ("moe_up", moe(false)),
+        ("moe_down", moe(true)),
+        ("moe_scatter", vec![moe_scatter()]),
+        ("glu", [Gate::Silu, Gate::Clamped { limit: 7.0, alpha: 1.702 }].map(glu).into()),
+        ("amax", vec![amax()]),
+        (
+            "stage_activation",
+            [ActScale::Static, ActScale::Expert, ActScale::Token, ActScale::Tensor].map(stage_activation).into(),
+        ),
+        ("add", vec![add()]),
+        ("take", vec![take()]),
+        ("argmax and draw", vec![draw()]),
+        ("stats", [false, true].map(stats).into()),
+        ("stream", vec![stream()]),
+    ];
+    if matrix {
+        let halves = || FORMATS.into_iter().filter(|format| format.fits_half());
+        all.push(("linear_matrix", halves().map(linear_matrix).collect()));
+        for (name, second) in [("moe_up_matrix", false), ("moe_down_matrix", true)] {
+            let form = |format| moe_case(Form { routing: How::Matrix, ..Form::new(format, second) });
+            all.push((name, halves().map(form).collect()));
+        }
+    }
+    all
+}
+
+fn case(
+    what: impl Into<String>,
+    tolerance: f64,
+    record: impl Fn(&mut Bench<'_>, &[usize]) -> Result<(Program, Vec<Output>)> + 'static,
+) -> Case {
+    Case { what: what.into(), tolerance, by_row: true, record: Box::new(record) }
+}
+
+/// Rounding of a sum of `k` products in f32, order unknown, with room for a result that cancels.
+fn sum_of(k: usize) -> f64 {
+    3.0 * EPS * (k as f64).sqrt().max(2.0)
+}
+
+fn program(tokens: usize) -> Program {
+    Program::new(tokens as u32, HostStages::default())
+}
+
+/// These rows, of `width` elements each, of `data`.
+fn pick<T: Copy>(data: &[T], width: usize, which: &[usize]) -> Vec<T> {
+    which.iter().flat_map(|row| &data[row * width..][..width]).copied().collect()
+}
+
+/// A number of columns that blocks of the format divide.
+fn columns(format: Format, k: usize) -> usize {
+    k.next_multiple_of(format.block())
+}
+
+fn embed() -> Case {
+    let (vocab, d) = (50, 66);
+    case("embed", 0.0, move |b, which| {
+        let table = b.matrix(&mut Random(5), Format::Bf16, [vocab, d])?;
+        let row = |i: &usize| Row { token: (i * 17 % vocab) as u32, ..Row::default() };
+        let rows = b.input(&which.iter().map(row).collect::<Vec<_>>())?;
+        let x = b.output(which.len() * d)?;
+        let mut p = program(which.len());
+        p.embed(&table, rows, x);
+        b.keep(table);
+        Ok((p, vec![Output::near(x, d)]))
+    })
+}
+
+fn rms_norm(d: usize) -> Case {
+    case(format!("D={d}"), sum_of(d), move |b, which| {
+        let mut random = Random(d as u64);
+        let x = pick(&random.f32s(ROWS * d), d, which);
+        let (x, g, y) = (b.input(&x)?, b.input(&random.bf16s(d))?, b.output(x.len())?);
+        let mut p = program(which.len());
+        p.rms_norm(RmsNorm { d: d as u32, eps: 1e-5 }, x, g, y);
+        Ok((p, vec![Output::near(y, d)]))
+    })
+}
+
+/// Of a row, or of the weighted sum of `a` routes.
+fn add_norm(a: usize) -> Case {
+    let d = 100;
+    case(format!("{a} routes"), 4.0 * EPS + sum_of(d), move |b, which| {
+        let mut random = Random(a as u64);
+        let (x, y) = (random.f32s(ROWS * d), random.f32s(ROWS * a * d));
+        let (weights, g) = (random.f32s(ROWS * a), random.bf16s(d));
+        let (x, y, g) = (b.input(&pick(&x, d, which))?, b.input(&pick(&y, a * d, which))?, b.input(&g)?);
+        let (weights, h, sum) =
+            (b.input(&pick(&weights, a, which))?, b.output(which.len() * d)?, b.output(which.len() * d)?);
+        let mut p = program(which.len());
+        let routes = Routes { experts: weights, weights };
+        let addend = if a == 1 { Addend::Rows(y) } else { Addend::Routes { a: a as u32, routes, x: y, sum: h } };
+        p.add_norm(RmsNorm { d: d as u32, eps: 1e-5 }, x, addend, g, [sum, h]);
+        Ok((p, vec![Output::near(sum, d), Output::near(h, d)]))
+    })
+}
+
+/// What a decode step does with one row in one launch, and with several in two or three: after a row or the weighted sum of
+/// `a` routes; rotated into a cache.
+fn norm_linear(format: Format, a: usize, bias: bool, cache: Option<CacheFormat>) -> Case {
+    let ([h, hk, dh], d) = ([3, 1, 20], columns(format, 352));
+    let n = (h + 2 * hk) * dh;
+    let what =
+        format!("{format} N={n} K={d}, {a} routes, {}", cache.map_or("a row".into(), |c| format!("{c:?} cache")));
+    case(what, 8.0 * sum_of(d + a), move |b, which| {
+        let mut random = Random(d as u64);
+        let norm = RmsNorm { d: d as u32, eps: 1e-5 };
+        let weight = b.matrix(&mut random, format, [n, d])?;
+        let bias = if bias { Some(b.input(&random.bf16s(n))?) } else { None };
+        let (x, addends, weights) = (random.f32s(ROWS * d), random.f32s(ROWS * a * d), random.f32s(ROWS * a));
+        let (x, addends) = (b.input(&pick(&x, d, which))?, b.input(&pick(&addends, a * d, which))?);
+        let (weights, g) = (b.input(&pick(&weights, a, which))?, b.input(&random.bf16s(d))?);
+        let t = which.len();
+        let (sum, normed, step) = (b.output(t * d)?, b.output(t * d)?, b.step(t)?);
+        let y = b.guarded(&vec![0.5; t * n])?;
+        let routes = Routes { experts: weights, weights };
+        let addend = match a {
+            1 => Addend::Rows(addends),
+            _ => Addend::Routes { a: a as u32, routes, x: addends, sum: normed },
+        };
+        let w = Projection { pieces: vec![Piece { weight, first: 0, input_scale: None }], n: n as u32, bias };
+        let mut outputs = vec![Output::near(sum, d), Output::near(normed, d)];
+        let heads = [h as u32, hk as u32, dh as u32];
+        let rotated = match cache {
+            None => {
+                outputs.push(Output::near(y, n));
+                None
+            }
+            Some(format) => {
+                // A sequence of one position for each row, so that the cache has row after row.
+                let row = |(i, at): (usize, &usize)| Row { token: 0, sequence: i as u32, position: *at as u32, pad: 0 };
+                let rows = b.input(&which.iter().enumerate().map(row).collect::<Vec<_>>())?;
+                let table: Vec<f32> = (0..ROWS * dh / 2).flat_map(|i| [(i as f32).cos(), (i as f32).sin()]).collect();
+                let words = format.bytes((hk * dh) as u64) as usize / 4;
+                let (keys, values) = (b.output(t * words)?, b.output(t * words)?);
+                let pages = b.input(&(0..t as u32).collect::<Vec<_>>())?;
+                let cache = KvCache { format, page: 1, pages: 1, table: pages, keys, values };
+                // Queries stand in y; a row alone has its keys and values in the cache only.
+                outputs.push(Output::near(y, 0).whole());
+                if format == CacheFormat::F32 {
+                    outputs.extend([keys, values].map(|slice| Output::near(slice, words)));
+                }
+                Some(Rotated { heads, rows, table: b.input(&table)?, cache })
+            }
+        };
+        let mut p = program(t);
+        if t == 1 {
+            p.norm_linear(norm, (x, addend, g), [sum, normed], &w, rotated, y);
+        } else {
+            p.add_norm(norm, x, addend, g, [sum, normed]);
+            p.projection(step, &w, normed, y);
+            if let Some(Rotated { heads, rows, table, cache }) = rotated {
+                p.rope(heads, rows, table, y, cache);
+            }
+        }
+        w.pieces.into_iter().for_each(|piece| b.keep(piece.weight));
+        Ok((p, outputs))
+    })
+}
+
+/// Every format, addend, bias and cache at least once.
+fn norm_linears() -> Vec<Case> {
+    let caches = [None, Some(CacheFormat::F32), Some(CacheFormat::Bf16)];
+    let case = |(i, format): (usize, Format)| norm_linear(format, 1 + 2 * (i % 2), i % 3 > 0, caches[i % 3]);
+    FORMATS.into_iter().enumerate().map(case).collect()
+}
+
+fn head_norm() -> Case {
+    let [h, hk, dh] = [4, 2, 36];
+    case("head_norm", sum_of(dh), move |b, which| {
+        let mut random = Random(8);
+        let width = (h + 2 * hk) * dh;
+        let x = b.guarded(&pick(&random.f32s(ROWS * width), width, which))?;
+        let gains = [b.input(&random.bf16s(dh))?, b.input(&random.bf16s(dh))?];
+        let mut p = program(which.len());
+        p.head_norm(HeadNorm { h: h as u32, hk: hk as u32, dh: dh as u32, eps: 1e-6 }, gains, x);
+        Ok((p, vec![Output::near(x, width)]))
+    })
+}
+
+/// Pages of a cache of two sequences, `pages` each, in no order.
+fn page_table(pages: usize) -> Vec<u32> {
+    (0..2 * pages).map(|i| ((i * 5 + 3) % (2 * pages)) as u32).collect()
+}
+
+fn rope(format: CacheFormat) -> Case {
+    let ([h, hk, dh], [page, pages]) = ([6, 2, 20], [16, 14]);
+    // Two products and a sum.
+    case(format!("{format:?} cache"), 4.0 * EPS, move |b, which| {
+        let width = (h + 2 * hk) * dh;
+        let row = |i: &usize| Row { token: 0, sequence: *i as u32 % 2, position: *i as u32 / 2 * 7, pad: 0 };
+        let table: Vec<f32> =
+            (0..ROWS / 2 * 7 * dh / 2).flat_map(|i| [(i as f32).cos() * 1.3, (i as f32).sin() * 1.3]).collect();
+        let rows = b.input(&which.iter().map(row).collect::<Vec<_>>())?;
+        let qkv = b.guarded(&pick(&Random(3).f32s(ROWS * width), width, which))?;
+        let words = format.bytes((2 * page * pages * hk * dh) as u64) as usize / 4;
+        let (keys, values) = (b.guarded(&vec![0.5; words])?, b.guarded(&vec![0.5; words])?);
+        let kv = KvCache {
+            format,
+            page: page as u32,
+            pages: pages as u32,
+            table: b.input(&page_table(pages))?,
+            keys,
+            values,
+        };
+        let mut p = program(which.len());
+        p.rope([h as u32, hk as u32, dh as u32], rows, b.input(&table)?, qkv, kv);
+        let mut outputs = vec![Output::near(qkv, width), Output::exact(values, 0).whole()];
+        // A rotated key that is a tie by a hair may round to another bf16.
+        outputs.extend((format == CacheFormat::F32).then_some(Output::near(keys, 0).whole()));
+        Ok((p, outputs))
+    })
+}
+
+/// Where attention is computed by one workgroup for all keys of a row, and where it is shared among segments.
+fn attention(generated: bool) -> Vec<Case> {
+    let (f32, bf16) = (CacheFormat::F32, CacheFormat::Bf16);
+    [
+        ([6, 2, 32, 0], f32, true, 430),
+        ([8, 1, 20, 0], bf16, false, 300),
+        ([6, 2, 64, 13], bf16, true, 900), // the window of a ring that has wrapped
+        ([2, 2, 32, 200], f32, false, 900),
+    ]
+    .map(|(shape, format, sinks, last)| attention_case(shape, format, sinks, last, generated))
+    .into()
+}
+
+fn attention_case(
+    [h, hk, dh, window]: [usize; 4],
+    format: CacheFormat,
+    sinks: bool,
+    last: usize,
+    generated: bool,
+) -> Case {
+    let what = format!("H={h} Hk={hk} Dh={dh} window {window}, {format:?} cache, sinks: {sinks}");
+    // A dot product of Dh, then a weighted mean of the keys; scores pass through exp.
+    case(what, 2.0 * sum_of(dh + last), move |b, which| {
+        let mut random = Random((dh + window) as u64);
+        let (width, head) = ((h + 2 * hk) * dh, hk * dh);
+        let capacity = (if window == 0 { last + 1 } else { window + 40 }).next_multiple_of(48);
+        let qkv = random.f32s(ROWS * width);
+        let (keys, values) = (random.f32s(2 * capacity * head), random.f32s(2 * capacity * head));
+        // Where a position stands must not matter: pages of 16 or of 48, in another order.
+        let page = if which.len() % 2 == 0 { 16 } else { 48 };
+        let pages = capacity / page;
+        let table = page_table(pages);
+        let mut placed = |cache: &[f32]| {
+            let mut all = vec![0.0; cache.len()];
+            for (at, row) in cache.chunks_exact(head).enumerate() {
+                let (sequence, slot) = (at / capacity, at % capacity);
+                let to = table[sequence * pages + slot / page] as usize * page + slot % page;
+                all[to * head..][..head].copy_from_slice(row);
+            }
+            match format {
+                CacheFormat::F32 => b.input(&all),
+                CacheFormat::Bf16 => {
+                    b.input(&all.iter().map(|v| half::bf16::from_f32(*v).to_bits()).collect::<Vec<_>>())
+                }
+            }
+        };
+        let (keys, values) = (placed(&keys)?, placed(&values)?);
+        let table = b.input(&table)?;
+        let kv = KvCache { format, page: page as u32, pages: pages as u32, table, keys, values };
+        let position = |i: usize| (last - i * 7 % (last + 1)) as u32;
+        let row = |i: &usize| Row { token: 0, sequence: *i as u32 % 2, position: position(*i), pad: 0 };
+        let rows = b.input(&which.iter().map(row).collect::<Vec<_>>())?;
+        let sinks = if sinks { Some(b.input(&random.bf16s(h))?) } else { None };
+        let qkv = b.input(&pick(&qkv, width, which))?;
+        // Room for the segments of some rows: they go in several launches.
+        let parts = b.output((which.len() / 2).max(1) * h * 8 * (dh + 4))?;
+        let a = b.output(which.len() * h * dh)?;
+        let reach = which.iter().map(|i| position(*i) + 1).max().unwrap_or(1);
+        let role = if generated { Role::Generated { reach } } else { Role::Prompt };
+        let [h, hk, dh, window] = [h, hk, dh, window].map(|n| n as u32);
+        let (page, pages) = (kv.page, kv.pages);
+        let op = Attention { h, hk, dh, window, page, pages, format, segments: 0, first: 0, rows: 0 };
+        let mut p = program(which.len()).of(role);
+        p.attention(op, [rows, qkv, parts], kv, sinks, a);
+        Ok((p, vec![Output::near(a, (h * dh) as usize)]))
+    })
+}
+
+fn linear() -> Vec<Case> {
+    let mut all: Vec<Case> = FORMATS.into_iter().map(|format| linear_case(format, [531, 352], false, true)).collect();
+    all.push(linear_case(Format::Nvfp4, [531, 352], true, true));
+    all.push(linear_case(Format::Bf16, [9, 96], false, false));
+    all.push(linear_case(Format::Mxfp4, [17, 2880], false, true));
+    all
+}
+
+fn linear_case(format: Format, [n, k]: [usize; 2], staged: bool, bias: bool) -> Case {
+    let k = columns(format, k);
+    let what = format!("{format} N={n} K={k}{}", if staged { ", quantised rows" } else { "" });
+    case(what, sum_of(k), move |b, which| {
+        let mut random = Random((n + k) as u64);
+        let w = b.matrix(&mut random, format, [n, k])?;
+        let bias = if bias { Some(b.input(&random.bf16s(n))?) } else { None };
+        let (y, step) = (b.output(which.len() * n)?, b.step(which.len())?);
+        let mut p = program(which.len());
+        let x = rows(b, &mut p, &pick(&random.f32s(ROWS * k), k, which), k, staged)?;
+        p.linear(step, &w, bias, x, y);
+        b.keep(w);
+        Ok((p, vec![Output::near(y, n)]))
+    })
+}
+
+fn linear_matrix(format: Format) -> Case {
+    let (n, k) = (200, columns(format, 352));
+    case(format!("{format} N={n} K={k}"), BY_MATRIX, move |b, which| {
+        let mut random = Random((n + k) as u64);
+        let weight = b.matrix(&mut random, format, [n, k])?;
+        // Half of the formats with a bias, so that both ways of the kernel run.
+        let bias = if format.has_row_scale() { None } else { Some(b.input(&random.bf16s(n))?) };
+        let x = b.input(&pick(&random.f32s(ROWS * k), k, which))?;
+        let (y, step) = (b.output(which.len() * n)?, b.step(which.len())?);
+        let piece = Piece { weight, first: 0, input_scale: None };
+        let projection = Projection { pieces: vec![piece], n: n as u32, bias };
+        let mut p = program(which.len()).with_matrix(true);
+        p.linear_by_matrix(step, &projection, &projection.pieces[0], x, y);
+        projection.pieces.into_iter().for_each(|piece| b.keep(piece.weight));
+        Ok((p, vec![Output::near(y, n)]))
+    })
+}
+
+/// `x [R, k]` as it is, or quantised with a scale for each row.
+fn rows(b: &mut Bench<'_>, p: &mut Program, x: &[f32], k: usize, staged: bool) -> Result<Input> {
+    let (n, tokens) = (x.len() / k, p.tokens() as usize);
+    let x = b.input(x)?;
+    if !staged {
+        return Ok(x.into());
+    }
+    let to = staging(b, n, k)?;
+    let step = b.step(tokens)?;
+    let op = StageActivation { k: k as u32, rows_per_token: (n / tokens) as u32, share: 1, scale: ActScale::Token };
+    Ok(p.stage_activation(op, step, x, None, &to))
+}
+
+fn staging(b: &mut Bench<'_>, n: usize, k: usize) -> Result<Staging> {
+    Ok(Staging {
+        rows: b.output(n * staged_words(k))?,
+        scales: b.output(n)?,
+        report: b.output(n * 2)?,
+        amaxes: b.output(n)?,
+    })
+}
+
+/// The experts of each token: `a` different ones of `e`, in no order.
+fn chosen(random: &mut Random, e: usize, a: usize) -> Vec<u32> {
+    (0..ROWS).flat_map(|_| random.shuffled(e).into_iter().take(a).map(|e| e as u32).collect::<Vec<_>>()).collect()
+}
+
+fn router(normalise: bool) -> Case {
+    let (e, a) = (100, 4);
+    case(format!("normalised: {normalise}"), 16.0 * EPS, move |b, which| {
+        let mut scores = Random(e as u64).f32s(ROWS * e);
+        // Ties, within the chosen and across the border.
+        scores.iter_mut().step_by(3).for_each(|s| *s = (*s * 2.0).round() / 2.0);
+        let scores = b.input(&pick(&scores, e, which))?;
+        let routes = Routes { experts: b.output(which.len() * a)?, weights: b.output(which.len() * a)? };
+        let mut p = program(which.len());
+        p.router(Router { e: e as u32, a: a as u32, normalise }, scores, routes);
+        Ok((p, vec![Output::exact(routes.experts, a), Output::near(routes.weights, a)]))
+    })
+}
+
+fn group((e, a, routes): (usize, usize, u32)) -> Case {
+    let op = Group { e: e as u32, a: a as u32, routes };
+    let tiles = case(format!("E={e} A={a}, tiles of {routes}"), 0.0, move |b, which| {
+        let experts = b.input(&pick(&chosen(&mut Random(e as u64), e, a), a, which))?;
+        let words = op.tiles(which.len() as u32) as usize * op.tile_bytes() as usize / 4;
+        let (tiles, step) = (b.output(words)?, b.step(which.len())?);
+        let mut p = program(which.len());
+        p.group(op, step, experts, tiles);
+        Ok((p, vec![Output::exact(tiles, 0).whole()]))
+    });
+    Case { by_row: false, ..tiles }
+}
+
+/// How experts take routes.
+#[derive(Clone, Copy, PartialEq)]
+enum How {
+    /// One by one in steps of few rows, grouped in others, and the first matrix of a row alone chooses itself: as a model
+    /// does it.
+    Usual,
+    Matrix,
+}
+
+/// One of a layer's two expert matrices.
+#[derive(Clone, Copy)]
+struct Form {
+    format: Format,
+    /// The second matrix.
+    second: bool,
+    routing: How,
+    /// Quantised rows.
+    staged: bool,
+    /// Gates before ups and SiLU, not interleaved and clamped.
+    halves: bool,
+    /// Every route of the first matrix reads a row of its own.
+    spread: bool,
+    bias: bool,
+}
+
+impl Form {
+    fn new(format: Format, second: bool) -> Self {
+        // Both activations and both kinds of bias, some formats with one and some with the other.
+        let (halves, bias) = (format.has_row_scale(), !format.has_row_scale());
+        Self { format, second, routing: How::Usual, staged: false, halves, spread: false, bias }
+    }
+}
+
+fn moe(second: bool) -> Vec<Case> {
+    let mut all: Vec<Case> = FORMATS.into_iter().map(|format| moe_case(Form::new(format, second))).collect();
+    let nvfp4 = Form { staged: true, ..Form::new(Format::Nvfp4, second) };
+    all.push(moe_case(nvfp4));
+    all.push(moe_case(Form { spread: true, halves: false, ..nvfp4 }));
+    all
+}
+
+fn moe_case(form: Form) -> Case {
+    let (e, a, format) = (6, 3, form.format);
+    let (n, k) = (if form.second { 35 } else { 13 }, columns(format, 352));
+    let tolerance = match (form.routing, form.staged) {
+        (How::Matrix, _) => BY_MATRIX,
+        (_, true) => 2e-5,
+        // The activation multiplies gate by up: twice the relative error of a sum.
+        (_, false) => 2.0 * sum_of(k),
+    };
+    let what = format!("{format} E={e} A={a} N={n} K={k}{}", if form.staged { ", quantised rows" } else { "" });
+    case(what, tolerance, move |b, which| {
+        let mut random = Random((n * k + e) as u64);
+        let mut experts = b.experts(&mut random, format, [e, if form.second { n } else { 2 * n }, k])?;
+        experts.bias = experts.bias.filter(|_| form.bias);
+        let routes = pick(&chosen(&mut random, e, a), a, which);
+        let each = if form.second || form.spread { a } else { 1 };
+        let x = pick(&random.f32s(ROWS * each * k), each * k, which);
+        let mut p = program(which.len()).with_matrix(form.routing == How::Matrix);
+        let chooses = !form.second && !form.staged && form.routing == How::Usual && which.len() == 1;
+        let routing = match chooses {
+            true => choosing(b, [e, a], &routes)?,
+            false => routing(b, &mut p, [e, a], &routes, form.routing)?,
+        };
+        let x = rows(b, &mut p, &x, k, form.staged)?;
+        let y = b.output(which.len() * a * n)?;
+        if form.second {
+            p.moe_down(&experts, a as u32, routing, x, y);
+        } else {
+            let swiglu = match form.halves {
+                true => Swiglu { a: a as u32, rows: GateUp::Halves, gate: Gate::Silu },
+                false => Swiglu::gpt_oss(a as u32, [7.0, 1.702]),
+            };
+            p.moe_up(&experts, swiglu, routing, (x, (a / each) as u32), y);
+        }
+        b.keep(experts.weight);
+        Ok((p, vec![Output::near(y, a * n)]))
+    })
+}
+
+/// Scores of which these routes are the largest.
+fn choosing(b: &mut Bench<'_>, [e, a]: [usize; 2], routes: &[u32]) -> Result<Routing> {
+    let mut scores = vec![-1.0f32; e];
+    routes.iter().enumerate().for_each(|(rank, expert)| scores[*expert as usize] = 9.0 - rank as f32);
+    let to = Routes { experts: b.output(a)?, weights: b.output(a)? };
+    Ok(Routing::Chosen(Router { e: e as u32, a: a as u32, normalise: true }, b.input(&scores)?, to))
+}
+
+fn routing(b: &mut Bench<'_>, p: &mut Program, [e, a]: [usize; 2], routes: &[u32], how: How) -> Result<Routing> {
+    let experts = b.input(routes)?;
+    if how == How::Usual && routes.len() <= 2 * a {
+        return Ok(Routing::Each(experts));
+    }
+    let of_tile = match (how, routes.len() / a) {
+        (How::Matrix, _) => 64,
+        (How::Usual, ..8) => 2,
+        (How::Usual, _) => 4,
+    };
+    let op = Group { e: e as u32, a: a as u32, routes: of_tile };
+    let words = op.tiles(p.tokens()) as usize * op.tile_bytes() as usize / 4;
+    let (step, tiles) = (b.step(routes.len() / a)?, b.output(words)?);
+    p.group(op, step, experts, tiles);
+    Ok(if how == How::Matrix { Routing::ByMatrix(tiles) } else { Routing::Grouped(tiles, of_tile) })
+}
+
+fn moe_scatter() -> Case {
+    let (a, d) = (3, 67);
+    case("moe_scatter", sum_of(a), move |b, which| {
+        let mut random = Random(d as u64);
+        let (weights, x) = (random.f32s(ROWS * a), random.f32s(ROWS * a * d));
+        let (weights, x) = (b.input(&pick(&weights, a, which))?, b.input(&pick(&x, a * d, which))?);
+        let y = b.output(which.len() * d)?;
+        let mut p = program(which.len());
+        p.moe_scatter(MoeScatter { a: a as u32, d: d as u32 }, Routes { experts: weights, weights }, x, y);
+        Ok((p, vec![Output::near(y, d)]))
+    })
+}
+
+fn glu(gate: Gate) -> Case {
+    let f = 97;
+    // e^x of our own is good to an ulp or, where a driver splits fma, to |x| of them.
+    case(format!("{gate:?}"), 16.0 * EPS, move |b, which| {
+        let x: Vec<f32> = Random(f as u64).f32s(ROWS * 2 * f).iter().map(|v| v * 4.0).collect();
+        let (x, y) = (b.input(&pick(&x, 2 * f, which))?, b.output(which.len() * f)?);
+        let mut p = program(which.len());
+        p.glu(Glu { f: f as u32, gate }, x, y);
+        Ok((p, vec![Output::near(y, f)]))
+    })
+}
+
+fn amax() -> Case {
+    let (k, each) = (96, 2);
+    case("amax", 0.0, move |b, which| {
+        let x = pick(&Random(k as u64).f32s(ROWS * each * k), each * k, which);
+        let (x, y) = (b.input(&x)?, b.output(which.len() * each)?);
+        let mut p = program(which.len());
+        p.amax(Amax { k: k as u32, rows_per_token: each as u32 }, x, y);
+        Ok((p, vec![Output::exact(y, each)]))
+    })
+}
+
+fn stage_activation(scale: ActScale) -> Case {
+    let k = 208;
+    let staged = case(format!("{scale:?}"), 0.0, move |b, which| {
+        let mut random = Random(k as u64);
+        // Rows of very different sizes.
+        let mut x = random.f32s(ROWS * k);
+        x.chunks_exact_mut(k)
+            .enumerate()
+            .for_each(|(i, row)| row.iter_mut().for_each(|v| *v *= 3f32.powi(i as i32 % 9 - 4)));
+        let experts: Vec<u32> = which.iter().map(|i| (i * 7 % 5) as u32).collect();
+        let scales = b.input(&[7.3e-4f32, 2.1e-5, 3.0e-2, 1.0, 1.1e-3])?;
+        let given = InputScales { scales, experts: Some(b.input(&experts)?) };
+        let to = staging(b, which.len(), k)?;
+        let (x, step) = (b.input(&pick(&x, k, which))?, b.step(which.len())?);
+        let mut p = program(which.len());
+        p.stage_activation(
+            StageActivation { k: k as u32, rows_per_token: 1, share: 1, scale },
+            step,
+            x,
+            Some(given),
+            &to,
+        );
+        Ok((p, vec![Output::exact(to.rows, staged_words(k)), Output::exact(to.scales, 1), Output::exact(to.report, 2)]))
+    });
+    // One scale for all rows: a row's bits follow its neighbours by definition.
+    Case { by_row: scale != ActScale::Tensor, ..staged }
+}
+
+fn add() -> Case {
+    let d = 67;
+    case("add", 0.0, move |b, which| {
+        let mut random = Random(9);
+        let (y, x) = (random.f32s(ROWS * d), random.f32s(ROWS * d));
+        let (x, y) = (b.input(&pick(&x, d, which))?, b.input(&pick(&y, d, which))?);
+        let (sum, mut p) = (b.output(which.len() * d)?, program(which.len()));
+        p.add(d as u32, x, y, sum);
+        Ok((p, vec![Output::exact(sum, d)]))
+    })
+}
+
+fn take() -> Case {
+    let d = 67;
+    case("take", 0.0, move |b, which| {
+        let picks: Vec<u32> = which.iter().map(|i| *i as u32).collect();
+        let (x, picks, y) = (b.input(&Random(10).f32s(ROWS * d))?, b.input(&picks)?, b.output(which.len() * d)?);
+        let mut p = program(which.len());
+        p.take(d as u32, picks, x, y);
+        Ok((p, vec![Output::exact(y, d)]))
+    })
+}
+
+fn draw() -> Case {
+    let v = 1000;
+    case("draw", sum_of(v), move |b, which| {
+        let mut logits = Random(v as u64).f32s(ROWS * v);
+        // Equal ones, in one part and in another: the lowest id is taken.
+        logits.chunks_exact_mut(v).for_each(|row| [v / 3, v / 3 + 1, v - 1].into_iter().for_each(|i| row[i] = 9.0));
+        let row = |i: &usize| Row { token: 7, sequence: *i as u32 + 1, position: 10 * *i as u32, pad: 0 };
+        let places: Vec<Row> = which.iter().map(row).collect();
+        let (logits, rows) = (b.input(&pick(&logits, v, which))?, b.guarded(bytemuck::cast_slice(&places))?);
+        let (parts, drawn) = (b.output(which.len() * PARTS as usize * 4)?, b.output(which.len() * 4)?);
+        let mut p = program(which.len());
+        p.draw(v as u32, logits, parts, rows, drawn);
+        // Id, logit, sum, bad.
+        Ok((p, vec![Output { record: 4, near: &[2], ..Output::near(drawn, 4) }, Output::exact(rows, 4)]))
+    })
+}
+
+fn stats(indices: bool) -> Case {
+    let w = 67;
+    let stats = case(format!("indices: {indices}"), 1e-5, move |b, which| {
+        let mut random = Random(w as u64);
+        let words: Vec<u32> = match indices {
+            true => (0..ROWS * w).map(|_| random.below(32) as u32).collect(),
+            false => random.f32s(ROWS * w).iter().map(|v| v.to_bits()).collect(),
+        };
+        let (x, s) = (b.input(&pick(&words, w, which))?, b.output(which.len() * STATS_WORDS)?);
+        // The sum and the sum of squares round; extremes, counts and hashes do not.
+        let output = Output { record: STATS_WORDS, near: &[0, 1], ..Output::near(s, STATS_WORDS) };
+        Ok((stats_program(which.len() as u32, x, w, indices, s), vec![output]))
+    });
+    // The hash knows the place of a row.
+    Case { by_row: false, ..stats }
+}
+
+fn stream() -> Case {
+    let stream = case("stream", 0.0, |b, _| {
+        let op = Stream { n: 5000, groups: 3 };
+        let words: Vec<u32> = (0..op.n * 4).map(|i| i.wrapping_mul(0x9e37_79b9) >> 9).collect();
+        let (x, y) = (b.input(&words)?, b.output(op.outputs())?);
+        let mut p = program(1);
+        p.stream(op, x, y);
+        Ok((p, vec![Output::exact(y, 0).whole()]))
+    });
+    Case { by_row: false, ..stream }
+}

@@ -54,7 +54,6 @@ impl Layers for Llama {
 
         s.queries(p, c, idx, addend, (l.attn_norm, &l.qkv, None));
         p.attention(attention(c, idx, kv), [s.rows, s.qkv, s.parts], kv, None, s.a);
-        s.read_ahead(p, idx, &l.out);
         p.stage(name("attention"), s.a, c.num_attention_heads * c.head_dim);
         s.project(p, &l.out, s.a, s.delta, name("attention.staged"));
         p.stage(name("attn_out"), s.delta, c.hidden_size);

@@ -8,8 +8,8 @@ use crate::error::{Error, Result};
 use crate::format::Format;
 use crate::ops::{
     ActScale, Activations, Addend, CacheFormat, ExpertScales, Experts, Group, HeadNorm, Input, InputScales, KvCache,
-    MoeScatter, NormLinear, PARTS, Part, Piece, Projection, RmsNorm, Rotated, Router, Routes, Routing, Row,
-    StageActivation, Staging, Step, Stream, Swiglu, Weight, segments_within, staged_words,
+    MoeScatter, NormLinear, PARTS, Piece, Projection, RmsNorm, Rotated, Router, Routes, Routing, Row, StageActivation,
+    Staging, Step, Swiglu, Weight, segments_within, staged_words,
 };
 use crate::program::{HostStages, Program, Role, Slice};
 use std::sync::Arc;
@@ -18,11 +18,6 @@ use std::sync::Arc;
 const PAGE: u32 = 16;
 /// Bytes that the segments of attention may take, of as many rows at a time as fit.
 const SEGMENT_BYTES: u64 = 64 << 20;
-
-/// How weights are read ahead: by two workgroups for each multiprocessor of a large GPU.
-const READ_AHEAD: Stream = Stream { n: 0, groups: 256 };
-/// Most that is read ahead: half of a large GPU's cache.
-const READ_AHEAD_BYTES: u64 = 25 << 20;
 
 /// Routes of a step, for each expert, from which tiles have four routes instead of two. Below half a route an expert routes
 /// go one by one: few would share weights.
@@ -160,8 +155,6 @@ pub struct State {
     /// Whether the device has matrix units.
     pub(super) matrix: bool,
     max_storage_buffers: u32,
-    /// What is left of weights that were read ahead, of each layer.
-    read_ahead: Vec<Slice>,
     windows: Vec<u32>,
     activations: Activations,
     staging: Option<Staging>,
@@ -245,10 +238,7 @@ impl State {
         // Of generated rows; a prompt's attention leaves no parts.
         let row_parts = h * u64::from(segments_within(plan.context).next_power_of_two()) * (dh + 4) * 4;
         let parts = (row_parts * u64::from(plan.generated()).max(t.min(8))).min(SEGMENT_BYTES.max(row_parts));
-        let layers = if device.limits().matrix { c.num_hidden_layers } else { 0 };
-        let read_ahead = (0..layers).map(|_| new("weights read ahead", READ_AHEAD.outputs() as u64 * 4));
         Ok(Self {
-            read_ahead: read_ahead.collect::<Result<_>>()?,
             rows: new("rows", t * size_of::<Row>() as u64)?,
             step: new("step", size_of::<Step>() as u64)?,
             picks: new("picks", picks * 4)?,
@@ -357,17 +347,6 @@ impl State {
                 p.stage(name("qkv_norm"), self.qkv, w.n as usize);
             }
             p.rope(heads, self.rows, self.rope_table, self.qkv, kv);
-        }
-    }
-
-    /// Record that what follows attention is read ahead. Generated rows' attention leaves most of a GPU without work; meanwhile
-    /// these weights come into its cache. It changes no value. `out` is a buffer of its own for each layer, so that nothing
-    /// waits for it but what comes after both.
-    pub(super) fn read_ahead(&self, p: &mut Program, idx: usize, w: &Projection) {
-        let Some(to) = self.read_ahead.get(idx).filter(|_| p.role != Role::Prompt && !p.in_parts) else { return };
-        let [Part { codes, .. }] = w.pieces[0].weight.parts[..] else { return };
-        if codes.bytes <= READ_AHEAD_BYTES {
-            p.stream(Stream { n: (codes.bytes / 16) as u32, ..READ_AHEAD }, codes, *to);
         }
     }
 

@@ -110,7 +110,7 @@ impl Faulty {
     /// The last bit of each number that such a tile gave.
     fn flip(&self, program: &Program) -> Result<()> {
         for launch in &program.launches {
-            let wide = launch.fillings.contains(&("tile", "tile_8x4"));
+            let wide = launch.constants.contains(&("ROWS", 32.0));
             if let (Op::Linear(_), true, Some(y)) = (launch.op, wide, slice(launch, "y")) {
                 let mut words = vec![0u32; (y.bytes / 4) as usize];
                 self.inner.read(y, bytemuck::cast_slice_mut(&mut words))?;

@@ -285,6 +285,7 @@ fn a_neighbour_that_leaks_is_caught() {
     assert_eq!(found, names(&["among sessions of a scheduler"]));
 }
 
+#[cfg(feature = "default-model")] // without it `verify`'s second engine is of the same model
 #[test]
 fn a_constant_of_another_model_is_caught() {
     let found = caught("qwen3_moe/modelopt", Fault::LastModelsConstant, &[Part::Steps]);

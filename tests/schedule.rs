@@ -696,13 +696,17 @@ fn a_cache_is_no_larger_than_a_binding() {
 fn cancels_at_random_leave_no_page_behind() {
     let device: Arc<dyn Device> = Arc::new(Changed { ahead: 2, ..Changed::new(&cpu()) });
     let engine = engine(&tiny(), &device, 100);
-    let options = SchedulerOptions { sessions: 8, page: 4, pages: Some(120), chunk: Some(24), ..Default::default() };
+    // FOURFOLD_TEST_CANCELS=20000 makes a soak of it, with 64 sessions.
+    let soak: Option<usize> = std::env::var("FOURFOLD_TEST_CANCELS").ok().map(|count| count.parse().unwrap());
+    let (sessions, wanted) = if let Some(count) = soak { (64, count) } else { (8, 300) };
+    let pages = Some(15 * sessions);
+    let options = SchedulerOptions { sessions, page: 4, pages, chunk: Some(24), ..Default::default() };
     let mut scheduler = engine.scheduler(&options).unwrap();
     let total = |pages: fourfold::Pages| pages.free + pages.held + pages.kept;
     let all = scheduler.pages().map(total);
     let (mut random, mut requests, mut cancels) = (Random(5), Vec::new(), 0);
-    while cancels < 300 {
-        while requests.len() < 12 {
+    while cancels < wanted {
+        while requests.len() < sessions * 3 / 2 {
             let prompt = [&prompt(1, random.below(40))[..], &prompt(random.below(3), 1 + random.below(20))].concat();
             let options = if random.below(3) == 0 { warm(30, 1) } else { greedy(1 + random.below(30)) };
             requests.push(scheduler.add(&prompt, &options).unwrap());
@@ -710,7 +714,7 @@ fn cancels_at_random_leave_no_page_behind() {
             scheduler.set_speculation(&requests[requests.len() - 1], Some(lookup).filter(|_| random.below(3) > 0));
         }
         scheduler.step().unwrap();
-        for _ in 0..random.below(4) {
+        for _ in 0..random.below(sessions / 2) {
             let request = requests.swap_remove(random.below(requests.len()));
             cancels += usize::from(request.finish().is_none());
             match random.below(2) {

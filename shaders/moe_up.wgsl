@@ -10,7 +10,8 @@
 //           w        slot  [COUNT, 2F, K]       experts FIRST.. of the layer
 //           bias     slot  [E, 2F]
 // out       y        f32   [T, A, F]            routes to other parts' experts are left alone
-// override  K, F, SHARE, FIRST, COUNT, STRIDE, UP, ROWS          gate and up rows interleaved: 2, 1; in halves: 1, F
+//           experts, weights   [T, A]           where they are chosen here: what router writes
+// override  E, A, ALL where they are chosen here; K, F, SHARE, FIRST, COUNT, STRIDE, UP, ROWS          gate and up rows interleaved: 2, 1; in halves: 1, F
 // slots     weights, e2m1, input, bias, glu, routes, tiles, tile, lanes, fold
 // requires  K a multiple of 16; ROWS even
 // twin      src/ops/moe_up.rs

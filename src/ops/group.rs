@@ -71,6 +71,16 @@ impl Routing {
     }
 }
 
+/// The filling of slot `tiles`.
+fn file_of(routes: u32) -> &'static str {
+    match routes {
+        2 => "tiles_2",
+        4 => "tiles_4",
+        64 => "tiles_64",
+        other => unreachable!("no kernel has tiles of {other} routes"),
+    }
+}
+
 impl Launch {
     /// Bind routes and fill slot `routes`.
     pub(crate) fn routes(self, routing: Routing) -> Self {
@@ -84,11 +94,8 @@ impl Launch {
                 .read("scores", scores)
                 .write("experts", routes.experts)
                 .write("weights", routes.weights),
-            Routing::Grouped(tiles, 2) => {
-                self.fill("routes", "routes_grouped").fill("tiles", "tiles_2").read("tiles", tiles)
-            }
-            Routing::Grouped(tiles, _) => {
-                self.fill("routes", "routes_grouped").fill("tiles", "tiles_4").read("tiles", tiles)
+            Routing::Grouped(tiles, routes) => {
+                self.fill("routes", "routes_grouped").fill("tiles", file_of(routes)).read("tiles", tiles)
             }
             Routing::ByMatrix(tiles) => self.read("tiles", tiles),
         }
@@ -101,7 +108,7 @@ impl Program {
         let launch = Launch::new(Op::Group(op), &KERNEL, [1, 1, 1])
             .constant("E", op.e)
             .constant("A", op.a)
-            .fill("tiles", op.filling())
+            .fill("tiles", file_of(op.routes))
             .read("step", step)
             .read("experts", experts)
             .write("tiles", tiles);
@@ -110,15 +117,6 @@ impl Program {
 }
 
 impl Group {
-    fn filling(&self) -> &'static str {
-        match self.routes {
-            2 => "tiles_2",
-            4 => "tiles_4",
-            64 => "tiles_64",
-            other => unreachable!("no kernel has tiles of {other} routes"),
-        }
-    }
-
     /// Words of a tile.
     pub fn words(&self) -> usize {
         2 + self.routes as usize

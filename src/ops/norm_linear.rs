@@ -1,7 +1,7 @@
 //! Adding, normalising, multiplying, and perhaps rotating one row, in one launch: what a decode step does most.
 
 use super::linear::{Linear, Projection};
-use super::{AddNorm, Addend, InputFormat, KvCache, Op, RmsNorm, Rope, Views};
+use super::{AddNorm, Addend, InputFormat, Matrix, Op, RmsNorm, Rope, Rotated, Views};
 use crate::program::{Launch, Program, Slice};
 use crate::shader::{ADDED_INPUT, ADDEND, APPEND, BIAS, E2M1, FOLD, Kernel, LANES, OUTPUT, REDUCE, ROW_TILE, WEIGHTS};
 
@@ -20,19 +20,6 @@ pub struct NormLinear {
     pub linear: Linear,
     /// What the result is rotated by, if it is queries, keys and values.
     pub rope: Option<Rope>,
-}
-
-/// Where queries, keys and values go.
-#[derive(Clone, Copy, Debug)]
-pub struct Rotated {
-    /// Query heads, key/value heads, head size.
-    pub heads: [u32; 3],
-    /// `Row [1]`.
-    pub rows: Slice,
-    /// `[C, Dh/2]` pairs of cos and sin.
-    pub table: Slice,
-    /// The cache.
-    pub cache: KvCache,
 }
 
 impl Program {
@@ -56,14 +43,10 @@ impl Program {
             None if n < 512 => 2, // a router: as many workgroups as can be
             _ => 16,
         };
-        let rope = rotated.map(|r| {
-            let [h, hk, dh] = r.heads;
-            Rope { h, hk, dh, page: r.cache.page, pages: r.cache.pages, format: r.cache.format }
-        });
         let op = NormLinear {
             norm: AddNorm { norm, routes: addend.routes() },
             linear: Linear { format, input: InputFormat::F32, k, n, first: 0, count: n },
-            rope,
+            rope: rotated.map(|rotated| rotated.op()),
         };
         let launch = Launch::new(Op::NormLinear(op), &KERNEL, [n.div_ceil(rows), 1, 1])
             .constant("K", k)
@@ -82,19 +65,7 @@ impl Program {
             .update("y", y);
         let launch = match rotated {
             None => launch.fill("output", "output_rows"),
-            Some(Rotated { heads: [h, hk, dh], rows, table, cache }) => launch
-                .fill("output", "output_rotated")
-                .fill("append", cache.format.filling("append"))
-                .constant("H", h)
-                .constant("HK", hk)
-                .constant("DH", dh)
-                .constant("PAGE", cache.page)
-                .constant("PAGES", cache.pages)
-                .read("rows", rows)
-                .read("table", table)
-                .read("pages", cache.table)
-                .update("keys", cache.keys)
-                .update("values", cache.values),
+            Some(rotated) => launch.fill("output", "output_rotated").rotated(rotated),
         };
         self.push(launch);
     }
@@ -116,15 +87,13 @@ impl NormLinear {
         let x = &views.f32("x")[..k];
         let weights = if self.norm.routes.is_some() { views.f32("route_weights") } else { &[] };
         let (addends, g) = (views.f32("addends"), views.bf16("g"));
-        let h = &mut views.f32_mut("h")[..k];
-        self.norm.reference(x, addends, weights, g, views.f32_mut("sum"), h);
-        let y = &mut views.f32_mut("y")[..n];
+        let (sum, h, y) = (views.f32_mut("sum"), &mut views.f32_mut("h")[..k], &mut views.f32_mut("y")[..n]);
         let Some(rope) = self.rope else {
-            self.linear.reference(&w, bias, h, y);
+            self.reference((&w, bias), (x, addends, weights), g, [sum, h, y]);
             return;
         };
         let mut qkv = vec![0.0; n];
-        self.linear.reference(&w, bias, h, &mut qkv);
+        self.reference((&w, bias), (x, addends, weights), g, [sum, h, &mut qkv]);
         let rows = &bytemuck::cast_slice(views.words("rows"))[..1];
         let (table, pages) = (views.f32("table"), views.words("pages"));
         rope.reference(rows, table, pages, &mut qkv, views.words_mut("keys"), views.words_mut("values"));
@@ -132,9 +101,16 @@ impl NormLinear {
         y[..queries].copy_from_slice(&qkv[..queries]);
     }
 
-    /// `x`, `sum`, `h`: `[K]`; `y`: `[N]`, not rotated. The parts are [`AddNorm::reference`], [`Linear::reference`] and
-    /// [`Rope::reference`].
-    pub fn reference(&self) -> (AddNorm, Linear, Option<Rope>) {
-        (self.norm, self.linear, self.rope)
+    /// What comes before a rotation. `w [N, K]`, `bias [N]` or empty, `x`, `sum`, `h`, `g`: `[K]`; `addends`: `[K]`, or
+    /// `[A, K]` with their `weights [A]`; `y [N]`.
+    pub fn reference(
+        &self,
+        (w, bias): (&Matrix<'_>, &[half::bf16]),
+        (x, addends, weights): (&[f32], &[f32], &[f32]),
+        g: &[half::bf16],
+        [sum, h, y]: [&mut [f32]; 3],
+    ) {
+        self.norm.reference(x, addends, weights, g, sum, h);
+        self.linear.reference(w, bias, h, y);
     }
 }

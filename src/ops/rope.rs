@@ -90,14 +90,30 @@ pub struct Rope {
     pub format: CacheFormat,
 }
 
-impl Program {
-    /// Rotate the queries of `qkv [T, (H + 2 Hk) Dh]` in place; append rotated keys, and values, to the cache.
-    /// `table`: `[C, Dh/2]` pairs of cos and sin.
-    pub fn rope(&mut self, [h, hk, dh]: [u32; 3], rows: Slice, table: Slice, qkv: Slice, cache: KvCache) {
-        let op = Rope { h, hk, dh, page: cache.page, pages: cache.pages, format: cache.format };
-        let grid = [((h + 2 * hk) * (dh / 4)).div_ceil(64), self.tokens, 1];
-        let launch = Launch::new(Op::Rope(op), &KERNEL, grid)
-            .fill("append", cache.format.filling("append"))
+/// How queries and keys are turned, and where keys and values go.
+#[derive(Clone, Copy, Debug)]
+pub struct Rotated {
+    /// Query heads, key/value heads, head size.
+    pub heads: [u32; 3],
+    /// `Row [T]`.
+    pub rows: Slice,
+    /// `[C, Dh/2]` pairs of cos and sin.
+    pub table: Slice,
+    /// The cache.
+    pub cache: KvCache,
+}
+
+impl Rotated {
+    pub(super) fn op(&self) -> Rope {
+        let ([h, hk, dh], KvCache { page, pages, format, .. }) = (self.heads, self.cache);
+        Rope { h, hk, dh, page, pages, format }
+    }
+}
+
+impl Launch {
+    /// Bind what a rotation reads and the cache that it appends to, and fill slot `append`.
+    pub(super) fn rotated(self, Rotated { heads: [h, hk, dh], rows, table, cache }: Rotated) -> Self {
+        self.fill("append", cache.format.filling("append"))
             .constant("H", h)
             .constant("HK", hk)
             .constant("DH", dh)
@@ -106,9 +122,18 @@ impl Program {
             .read("rows", rows)
             .read("table", table)
             .read("pages", cache.table)
-            .update("qkv", qkv)
             .update("keys", cache.keys)
-            .update("values", cache.values);
+            .update("values", cache.values)
+    }
+}
+
+impl Program {
+    /// Rotate the queries of `qkv [T, (H + 2 Hk) Dh]` in place; append rotated keys, and values, to the cache.
+    /// `table`: `[C, Dh/2]` pairs of cos and sin.
+    pub fn rope(&mut self, heads: [u32; 3], rows: Slice, table: Slice, qkv: Slice, cache: KvCache) {
+        let (rotated, [h, hk, dh]) = (Rotated { heads, rows, table, cache }, heads);
+        let grid = [((h + 2 * hk) * (dh / 4)).div_ceil(64), self.tokens, 1];
+        let launch = Launch::new(Op::Rope(rotated.op()), &KERNEL, grid).rotated(rotated).update("qkv", qkv);
         self.push(launch);
     }
 }

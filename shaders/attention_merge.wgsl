@@ -22,6 +22,8 @@ override DH: u32;
 override WINDOW: u32;
 override SEGMENTS: u32;
 override FIRST: u32;
+// Segments whose parts are sent for at once.
+const BATCH = 8u;
 @group(0) @binding(0) var<storage, read> rows: array<Row>;
 @group(0) @binding(1) var<storage, read> parts: array<vec4<f32>>;
 @group(0) @binding(5) var<storage, read_write> a: array<vec4<f32>>;
@@ -36,17 +38,31 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     let at = (group.y * H + h) * SEGMENTS * stride;
     let open = opening(h);
     var top = open.x;
-    for (var s = 0u; s < count; s++) {
-        top = max(top, parts[at + s * stride].x);
+    for (var s = 0u; s < count; s += BATCH) {
+        var tops: array<f32, BATCH>;
+        for (var i = 0u; i < BATCH; i++) {
+            tops[i] = parts[at + min(s + i, count - 1u) * stride].x;
+        }
+        for (var i = 0u; i < BATCH; i++) {
+            top = max(top, tops[i]);
+        }
     }
     if quad < DH / 4u {
         var all = open.y * exp_f32(open.x - top);
         var sum = vec4<f32>(0.0);
-        for (var s = 0u; s < count; s++) {
-            let part = at + s * stride;
-            let weight = exp_f32(parts[part].x - top);
-            all = fma(weight, parts[part].y, all);
-            sum = fma(vec4<f32>(weight), parts[part + 1u + quad], sum);
+        for (var s = 0u; s < count; s += BATCH) {
+            var ends: array<vec4<f32>, BATCH>;
+            var sums: array<vec4<f32>, BATCH>;
+            for (var i = 0u; i < BATCH; i++) {
+                let part = at + min(s + i, count - 1u) * stride;
+                ends[i] = parts[part];
+                sums[i] = parts[part + 1u + quad];
+            }
+            for (var i = 0u; i < BATCH && s + i < count; i++) {
+                let weight = exp_f32(ends[i].x - top);
+                all = fma(weight, ends[i].y, all);
+                sum = fma(vec4<f32>(weight), sums[i], sum);
+            }
         }
         a[(t * H + h) * (DH / 4u) + quad] = sum / all;
     }

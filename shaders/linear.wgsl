@@ -15,7 +15,6 @@
 // A token's bits do not depend on its neighbours: see products.wgsl. Workgroups that follow each other read the same weights.
 #import step
 #import products
-#import bias
 override N: u32;
 override FIRST: u32;
 override COUNT: u32;
@@ -27,6 +26,10 @@ var<private> t0: u32;
 
 fn weight_row(l: u32) -> u32 {
     return min(n0 + l, COUNT - 1u);
+}
+
+fn bias_row(l: u32) -> u32 {
+    return FIRST + weight_row(l);
 }
 
 fn input_row(j: u32) -> u32 {
@@ -43,7 +46,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         let n = n0 + i % ROWS;
         let t = t0 + i / ROWS;
         if n < COUNT && t < step.tokens {
-            y[t * N + FIRST + n] = fma(product(i % ROWS, i / ROWS), row_scale(n) * input_scale(t), bias_at(FIRST + n));
+            y[t * N + FIRST + n] = product(i % ROWS, i / ROWS, input_scale(t));
         }
     }
 }

@@ -13,7 +13,6 @@
 // requires  K a multiple of 16
 // twin      src/ops/moe_down.rs
 #import products
-#import bias
 #import routes
 override D: u32;
 override FIRST: u32;
@@ -29,6 +28,10 @@ var<private> row0: u32;
 
 fn weight_row(l: u32) -> u32 {
     return min(row0 + l, COUNT * D - 1u);
+}
+
+fn bias_row(l: u32) -> u32 {
+    return FIRST * D + weight_row(l);
 }
 
 fn input_row(j: u32) -> u32 {
@@ -52,8 +55,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         let d = d0 + i % ROWS;
         if d < D {
             let route = route_at(tile, i / ROWS);
-            let scale = row_scale(part * D + d) * input_scale(route);
-            y[route * D + d] = fma(product(i % ROWS, i / ROWS), scale, bias_at(expert * D + d));
+            y[route * D + d] = product(i % ROWS, i / ROWS, input_scale(route));
         }
     }
 }

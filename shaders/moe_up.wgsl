@@ -16,7 +16,6 @@
 // requires  K a multiple of 16; ROWS even
 // twin      src/ops/moe_up.rs
 #import products
-#import bias
 #import glu
 #import routes
 override F: u32;
@@ -37,6 +36,10 @@ var<private> row0: u32;
 // Rows 2r and 2r + 1 of the workgroup are gate and up of one output.
 fn weight_row(l: u32) -> u32 {
     return min(row0 + l / 2u * STRIDE + l % 2u * UP, COUNT * F * 2u - 1u);
+}
+
+fn bias_row(l: u32) -> u32 {
+    return FIRST * F * 2u + weight_row(l);
 }
 
 fn input_row(j: u32) -> u32 {
@@ -62,12 +65,8 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         let f = f0 + l / 2u;
         if f < F {
             let route = route_at(tile, j);
-            let row = part * F * 2u + f * STRIDE;
-            let at = expert * F * 2u + f * STRIDE;
             let scale = input_scale(route / SHARE);
-            let g = fma(product(l, j), row_scale(row) * scale, bias_at(at));
-            let u = fma(product(l + 1u, j), row_scale(row + UP) * scale, bias_at(at + UP));
-            y[route * F + f] = glu(g, u);
+            y[route * F + f] = glu(product(l, j, scale), product(l + 1u, j, scale));
         }
     }
 }

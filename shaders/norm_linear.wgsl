@@ -20,7 +20,6 @@
 //
 // The same bits as add_norm, linear and rope one after the other.
 #import products
-#import bias
 #import output
 override N: u32;
 @group(0) @binding(5) var<storage, read_write> y: array<f32>;
@@ -36,16 +35,16 @@ fn input_row(j: u32) -> u32 {
     return 0u;
 }
 
-fn y_of(l: u32) -> f32 {
-    let n = matrix_row(l);
-    return fma(product(l, 0u), row_scale(n), bias_at(n));
+fn bias_row(l: u32) -> u32 {
+    return weight_row(l);
 }
 
 @compute @workgroup_size(LANES * WARPS)
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) lane: u32) {
     n0 = group.x * ROWS;
     fetch(0u, 0u, lane); // on their way while the row is normalised
+    let place = place_of(lane);
     normalise(lane, group.x == 0u);
     multiply(lane);
-    put(lane);
+    put(lane, place);
 }

@@ -33,6 +33,6 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         let at = (group.y * (H + 2u * HK) + head) * DH + i;
         let a = vec2<f32>(qkv[at], qkv[at + 1u]);
         let b = vec2<f32>(qkv[at + DH / 2u], qkv[at + DH / 2u + 1u]);
-        rotate(group.y, head, i, a, b);
+        rotate(turn_of(group.y, i), group.y, head, i, a, b);
     }
 }

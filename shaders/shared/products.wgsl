@@ -5,17 +5,20 @@
 // The order of a sum is the same for any ROWS, TOKENS and BATCH: a lane's sixteen products in index order; a tree over the
 // LANES of a span (`fold`); a group's spans, WARPS apart, in order; then the groups in order.
 //
-// The kernel gives weight_row(l), where row l of ROWS stands in the matrix, and input_row(j), where row j of TOKENS stands
-// in the input; both always name a row that exists.
+// The kernel gives weight_row(l), where row l of ROWS stands in the matrix, input_row(j), where row j of TOKENS stands in the
+// input, and bias_row(l), where row l of ROWS stands in the bias; all always name a row that exists.
 #import warps
 #import tile
 #import weights
 #import input
+#import bias
 #import dot16
 #import fold
 override K: u32;
 override ROWS: u32; // a multiple of BATCH, at most 32
 var<workgroup> found: array<f32, 32u * TOKENS * 8u>;
+// What a row's sums are multiplied by, and what is added then.
+var<workgroup> ends: array<vec2<f32>, 32>;
 
 // The weights that come next, as they are stored.
 var<private> next: array<Stored, BATCH>;
@@ -31,6 +34,10 @@ fn fetch(l: u32, start: u32, lane: u32) {
 fn multiply(lane: u32) {
     let warp = lane / LANES;
     let slot = folded(lane) * WARPS + warp;
+    var end = vec2<f32>(0.0);
+    if lane < ROWS {
+        end = end_at(lane); // sent for here, so that nobody waits for it at the end
+    }
     for (var start = 0u; start < K / 16u; start += LANES * WARPS) {
         let there = start + lane < K / 16u;
         let i = min(start + lane, K / 16u - 1u);
@@ -61,14 +68,24 @@ fn multiply(lane: u32) {
             }
         }
     }
-    workgroupBarrier(); // all sums are found
+    for (var l = lane; l < ROWS; l += LANES * WARPS) {
+        if l > lane {
+            end = end_at(l);
+        }
+        ends[l] = end;
+    }
+    workgroupBarrier(); // all sums and ends are there
 }
 
-// The sum of row l of weights and row j of inputs, after `multiply`.
-fn product(l: u32, j: u32) -> f32 {
+fn end_at(l: u32) -> vec2<f32> {
+    return vec2<f32>(row_scale(weight_row(l)), bias_at(bias_row(l)));
+}
+
+// What comes of row l of weights and row j of inputs, after `multiply`; the input is in units of `scale`.
+fn product(l: u32, j: u32, scale: f32) -> f32 {
     var sum = 0.0;
     for (var warp = 0u; warp < WARPS; warp++) {
         sum += found[(l * TOKENS + j) * WARPS + warp];
     }
-    return sum;
+    return fma(sum, ends[l].x * scale, ends[l].y);
 }

@@ -1,38 +1,44 @@
-// rope: rotate queries and keys by their position, append keys and values to the cache.
+// rope: rotate queries and keys by their position, append keys and values to the cache; perhaps normalise heads before.
 //
+//   v         = the head as it is, or v[d] g[d] / sqrt(mean_d(v[d]^2) + EPS) of queries and keys
 //   o[i]      = v[i] cos[p,i] - v[i+DH/2] sin[p,i]
 //   o[i+DH/2] = v[i+DH/2] cos[p,i] + v[i] sin[p,i]        i < DH/2; queries in place, keys into the cache
 //
-// grid      ceil((H + 2 HK) DH/4 / 64) x T workgroups: a lane has elements i, i+1 and their partners
+// grid      (H + 2 HK) x T workgroups, one per head and row: a lane has elements i, i+1 and their partners
 // in        rows     Row         [T]
 //           table    vec2 f32    [C, DH/2]              cos and sin, YaRN's factor included
-// in/out    qkv      f32         [T, (H + 2 HK) DH]     queries, keys, values
 //           pages    u32         [S, PAGES]             where a sequence's pages stand
+//           q_gain, k_gain  bf16 [DH]                   where heads are normalised
+// in/out    qkv      f32         [T, (H + 2 HK) DH]     queries, keys, values
 // out       keys     slot        [.., PAGE, HK DH]      the row that the position has in its sequence's pages
 //           values   slot        [.., PAGE, HK DH]
-// override  H, HK, DH, PAGE, PAGES
-// slots     append
+// override  H, HK, DH, PAGE, PAGES; EPS where heads are normalised
+// slots     append, heads, lanes, reduce
 // requires  DH a multiple of 4
 // twin      src/ops/rope.rs
+//
+// The same bits as head_norm before it.
 #import rotate
-@group(0) @binding(2) var<storage, read_write> qkv: array<f32>;
+#import heads
+#import lanes
 
 fn put_query(at: u32, lo: vec2<f32>, hi: vec2<f32>) {
-    qkv[at] = lo.x;
-    qkv[at + 1u] = lo.y;
-    qkv[at + DH / 2u] = hi.x;
-    qkv[at + DH / 2u + 1u] = hi.y;
+    put_four(at, vec4<f32>(lo, hi));
 }
 
-@compute @workgroup_size(64)
+@compute @workgroup_size(LANES)
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) lane: u32) {
-    let index = group.x * 64u + lane;
-    let head = index / (DH / 4u);
-    let i = index % (DH / 4u) * 2u;
-    if head < H + 2u * HK {
-        let at = (group.y * (H + 2u * HK) + head) * DH + i;
-        let a = vec2<f32>(qkv[at], qkv[at + 1u]);
-        let b = vec2<f32>(qkv[at + DH / 2u], qkv[at + DH / 2u + 1u]);
-        rotate(turn_of(group.y, i), group.y, head, i, a, b);
+    let head = group.x;
+    let at = (group.y * (H + 2u * HK) + head) * DH;
+    let own = min(lane * 2u, DH / 2u - 2u);
+    let first = turn_of(group.y, own); // on its way while the head is normalised
+    let scale = scale_of_head(head, at, lane);
+    for (var i = lane * 2u; i < DH / 2u; i += LANES * 2u) {
+        var turn = first;
+        if i > own {
+            turn = turn_of(group.y, i);
+        }
+        let v = scaled(head, at + i, i, scale);
+        rotate(turn, group.y, head, i, v.xy, v.zw);
     }
 }

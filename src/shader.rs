@@ -66,6 +66,8 @@ pub(crate) const UP_ROUTES: Slot =
 pub(crate) const ADDED_INPUT: Slot = Slot { name: "input", fillings: &["input_added"] };
 /// Where a row of a linear layer goes.
 pub(crate) const OUTPUT: Slot = Slot { name: "output", fillings: &["output_rows", "output_rotated"] };
+/// Whether heads are normalised before they are rotated.
+pub(crate) const HEADS: Slot = Slot { name: "heads", fillings: &["heads_plain", "heads_normed"] };
 /// The cache's format, read.
 pub(crate) const CACHE: Slot = Slot { name: "cache", fillings: &["cache_f32", "cache_bf16"] };
 /// The cache's format, written.
@@ -94,6 +96,7 @@ shared!(
     "cache_bf16",
     "cache_f32",
     "choose",
+    "dims",
     "divide",
     "dot16",
     "dynamic_scale",
@@ -105,6 +108,9 @@ shared!(
     "fold_subgroup",
     "glu_clamped",
     "glu_silu",
+    "head",
+    "heads_normed",
+    "heads_plain",
     "input_added",
     "input_f32",
     "input_nvfp4",

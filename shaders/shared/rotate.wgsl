@@ -1,11 +1,9 @@
 // rotate: elements i, i+1 of a head and their partners half a head on, turned by the row's position. Queries have a place
 // in their row, keys and values in the cache.
+#import dims
 #import row
 #import pages
 #import append
-override H: u32;
-override HK: u32;
-override DH: u32;
 @group(0) @binding(14) var<storage, read> rows: array<Row>;
 @group(0) @binding(15) var<storage, read> table: array<vec2<f32>>;
 

@@ -341,12 +341,17 @@ impl State {
         }
         if !rotated {
             p.stage(name("qkv"), self.qkv, w.n as usize);
-            if let Some(gains) = head_gains {
-                let [h, hk, dh] = heads;
-                p.head_norm(HeadNorm { h, hk, dh, eps: norm.eps }, gains, self.qkv);
-                p.stage(name("qkv_norm"), self.qkv, w.n as usize);
+            let to = Rotated { heads, rows: self.rows, table: self.rope_table, cache: kv };
+            match head_gains {
+                Some(gains) if p.in_parts => {
+                    let [h, hk, dh] = heads;
+                    p.head_norm(HeadNorm { h, hk, dh, eps: norm.eps }, gains, self.qkv);
+                    p.stage(name("qkv_norm"), self.qkv, w.n as usize);
+                    p.rope(heads, self.rows, self.rope_table, self.qkv, kv);
+                }
+                Some(gains) => p.norm_rope(norm.eps, gains, to, self.qkv),
+                None => p.rope(heads, self.rows, self.rope_table, self.qkv, kv),
             }
-            p.rope(heads, self.rows, self.rope_table, self.qkv, kv);
         }
     }
 

@@ -2,10 +2,10 @@
 
 use super::{Op, Views};
 use crate::program::{Launch, Program, Slice};
-use crate::shader::Kernel;
+use crate::shader::{Kernel, LANES, REDUCE};
 
 pub(crate) const KERNEL: Kernel =
-    Kernel { name: "head_norm", source: include_str!("../../shaders/head_norm.wgsl"), slots: &[] };
+    Kernel { name: "head_norm", source: include_str!("../../shaders/head_norm.wgsl"), slots: &[LANES, REDUCE] };
 
 /// Constants.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -27,11 +27,16 @@ impl Program {
             .constant("H", op.h)
             .constant("HK", op.hk)
             .constant("DH", op.dh)
-            .constant("EPS", op.eps)
-            .read("q_gain", gains[0])
-            .read("k_gain", gains[1])
-            .update("x", qkv);
+            .head_gains(op.eps, gains)
+            .update("qkv", qkv);
         self.push(launch);
+    }
+}
+
+impl Launch {
+    /// Bind what heads are normalised with.
+    pub(super) fn head_gains(self, eps: f32, gains: [Slice; 2]) -> Self {
+        self.constant("EPS", eps).read("q_gain", gains[0]).read("k_gain", gains[1])
     }
 }
 
@@ -39,7 +44,7 @@ impl HeadNorm {
     pub(crate) fn twin(&self, tokens: usize, views: &mut Views<'_>) {
         let width = ((self.h + 2 * self.hk) * self.dh) as usize;
         let gains = [views.bf16("q_gain"), views.bf16("k_gain")];
-        self.reference(gains, &mut views.f32_mut("x")[..tokens * width]);
+        self.reference(gains, &mut views.f32_mut("qkv")[..tokens * width]);
     }
 
     /// `gains`: `[Dh]` each; `x [T, H + 2 Hk, Dh]`.

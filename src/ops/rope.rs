@@ -1,11 +1,11 @@
 //! Rotary position embedding, and appending to the KV cache.
 
-use super::{Op, Row, Views};
+use super::{HeadNorm, Op, Row, Views};
 use crate::program::{Launch, Program, Slice};
-use crate::shader::{APPEND, Kernel};
+use crate::shader::{APPEND, HEADS, Kernel, LANES, REDUCE};
 
 pub(crate) const KERNEL: Kernel =
-    Kernel { name: "rope", source: include_str!("../../shaders/rope.wgsl"), slots: &[APPEND] };
+    Kernel { name: "rope", source: include_str!("../../shaders/rope.wgsl"), slots: &[APPEND, HEADS, LANES, REDUCE] };
 
 /// How keys and values are stored.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -88,6 +88,8 @@ pub struct Rope {
     pub pages: u32,
     /// The cache's.
     pub format: CacheFormat,
+    /// What is added to the mean square of a head, where heads are normalised before.
+    pub norm: Option<f32>,
 }
 
 /// How queries and keys are turned, and where keys and values go.
@@ -106,7 +108,7 @@ pub struct Rotated {
 impl Rotated {
     pub(super) fn op(&self) -> Rope {
         let ([h, hk, dh], KvCache { page, pages, format, .. }) = (self.heads, self.cache);
-        Rope { h, hk, dh, page, pages, format }
+        Rope { h, hk, dh, page, pages, format, norm: None }
     }
 }
 
@@ -131,10 +133,22 @@ impl Program {
     /// Rotate the queries of `qkv [T, (H + 2 Hk) Dh]` in place; append rotated keys, and values, to the cache.
     /// `table`: `[C, Dh/2]` pairs of cos and sin.
     pub fn rope(&mut self, heads: [u32; 3], rows: Slice, table: Slice, qkv: Slice, cache: KvCache) {
-        let (rotated, [h, hk, dh]) = (Rotated { heads, rows, table, cache }, heads);
-        let grid = [((h + 2 * hk) * (dh / 4)).div_ceil(64), self.tokens, 1];
-        let launch = Launch::new(Op::Rope(rotated.op()), &KERNEL, grid).rotated(rotated).update("qkv", qkv);
-        self.push(launch);
+        self.rope_after(None, Rotated { heads, rows, table, cache }, qkv);
+    }
+
+    /// [`Program::head_norm`] with `eps` and `gains`, then [`Program::rope`], in one launch; `qkv` keeps keys as they were.
+    pub fn norm_rope(&mut self, eps: f32, gains: [Slice; 2], to: Rotated, qkv: Slice) {
+        self.rope_after(Some((eps, gains)), to, qkv);
+    }
+
+    fn rope_after(&mut self, norm: Option<(f32, [Slice; 2])>, to: Rotated, qkv: Slice) {
+        let [h, hk, _] = to.heads;
+        let op = Rope { norm: norm.map(|(eps, _)| eps), ..to.op() };
+        let launch = Launch::new(Op::Rope(op), &KERNEL, [h + 2 * hk, self.tokens, 1]).rotated(to).update("qkv", qkv);
+        self.push(match norm {
+            None => launch.fill("heads", "heads_plain"),
+            Some((eps, gains)) => launch.fill("heads", "heads_normed").head_gains(eps, gains),
+        });
     }
 }
 
@@ -142,7 +156,18 @@ impl Rope {
     pub(crate) fn twin(&self, tokens: usize, views: &mut Views<'_>) {
         let rows = &bytemuck::cast_slice(views.words("rows"))[..tokens];
         let (keys, values) = (views.words_mut("keys"), views.words_mut("values"));
-        self.reference(rows, views.f32("table"), views.words("pages"), views.f32_mut("qkv"), keys, values);
+        let (table, pages, qkv) = (views.f32("table"), views.words("pages"), views.f32_mut("qkv"));
+        let Some(eps) = self.norm else {
+            return self.reference(rows, table, pages, qkv, keys, values);
+        };
+        let Self { h, hk, dh, .. } = *self;
+        let (width, queries) = (((h + 2 * hk) * dh) as usize, (h * dh) as usize);
+        let mut normed = qkv[..tokens * width].to_vec();
+        HeadNorm { h, hk, dh, eps }.reference([views.bf16("q_gain"), views.bf16("k_gain")], &mut normed);
+        self.reference(rows, table, pages, &mut normed, keys, values);
+        for (row, normed) in qkv.chunks_exact_mut(width).zip(normed.chunks_exact(width)) {
+            row[..queries].copy_from_slice(&normed[..queries]);
+        }
     }
 
     /// `rows [T]`, `table [C, Dh/2, 2]`, `pages [S, pages]`, `qkv [T, (H + 2 Hk) Dh]`, `keys`, `values`: words of

@@ -95,7 +95,17 @@ pub(super) fn cases(matrix: bool) -> Vec<(&'static str, Vec<Case>)> {
         ("rms_norm", [4, 132, 2880].map(rms_norm).into()),
         ("add_norm", [1, 3].map(add_norm).into()),
         ("head_norm", vec![head_norm()]),
-        ("rope", [CacheFormat::F32, CacheFormat::Bf16].map(rope).into()),
+        (
+            "rope",
+            [
+                (CacheFormat::F32, false),
+                (CacheFormat::F32, true),
+                (CacheFormat::Bf16, false),
+                (CacheFormat::Bf16, true),
+            ]
+            .map(|(format, norm)| rope(format, norm))
+            .into(),
+        ),
         ("attention of prompts", attention(false)),
         ("attention of generated rows", attention(true)),
         ("linear", linear()),
@@ -286,10 +296,13 @@ fn page_table(pages: usize) -> Vec<u32> {
     (0..2 * pages).map(|i| ((i * 5 + 3) % (2 * pages)) as u32).collect()
 }
 
-fn rope(format: CacheFormat) -> Case {
+/// After norms of heads, or not.
+fn rope(format: CacheFormat, norm: bool) -> Case {
     let ([h, hk, dh], [page, pages]) = ([6, 2, 20], [16, 14]);
-    // Two products and a sum.
-    case(format!("{format:?} cache"), 4.0 * EPS, move |b, which| {
+    // Two products and a sum; and the mean of squares.
+    let near = if norm { 4.0 * sum_of(dh) } else { 4.0 * EPS };
+    let what = if norm { ", heads normalised" } else { "" };
+    case(format!("{format:?} cache{what}"), near, move |b, which| {
         let width = (h + 2 * hk) * dh;
         let row = |i: &usize| Row { token: 0, sequence: *i as u32 % 2, position: *i as u32 / 2 * 7, pad: 0 };
         let table: Vec<f32> =
@@ -307,7 +320,14 @@ fn rope(format: CacheFormat) -> Case {
             values,
         };
         let mut p = program(which.len());
-        p.rope([h as u32, hk as u32, dh as u32], rows, b.input(&table)?, qkv, kv);
+        let (heads, table) = ([h as u32, hk as u32, dh as u32], b.input(&table)?);
+        if norm {
+            let mut random = Random(8);
+            let gains = [b.input(&random.bf16s(dh))?, b.input(&random.bf16s(dh))?];
+            p.norm_rope(1e-6, gains, Rotated { heads, rows, table, cache: kv }, qkv);
+        } else {
+            p.rope(heads, rows, table, qkv, kv);
+        }
         let mut outputs = vec![Output::near(qkv, width), Output::exact(values, 0).whole()];
         // A rotated key that is a tie by a hair may round to another bf16.
         outputs.extend((format == CacheFormat::F32).then_some(Output::near(keys, 0).whole()));

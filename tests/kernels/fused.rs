@@ -4,7 +4,8 @@ use super::{FORMATS, check_on, experts, matrix, program, step, weight};
 use crate::harness::{Bench, Random, gpus, sum_tolerance};
 use fourfold::format::Format;
 use fourfold::ops::{
-    Addend, CacheFormat, KvCache, NormLinear, Piece, Projection, RmsNorm, Rotated, Router, Routes, Routing, Row, Swiglu,
+    Addend, CacheFormat, HeadNorm, KvCache, NormLinear, Piece, Projection, RmsNorm, Rotated, Router, Routes, Routing,
+    Row, Swiglu,
 };
 use fourfold::program::{Program, Slice};
 
@@ -102,6 +103,49 @@ fn norm_linear_has_the_bits_of_its_parts() {
                 assert!(run(true) == run(false), "{what}: other bits on {gpu}");
             }
         }
+    }
+}
+
+#[test]
+fn norm_rope_has_the_bits_of_its_parts() {
+    // Heads smaller than the lanes of a workgroup, and larger.
+    for ([h, hk, dh], tokens) in [([4, 2, 36], 3), ([3, 1, 128], 1), ([2, 2, 256], 2)] {
+        let case = |b: &mut Bench, fused: bool| {
+            let mut random = Random(u64::from(h * dh));
+            let width = (h + 2 * hk) * dh;
+            let qkv = b.guarded(&random.f32s((tokens * width) as usize));
+            let gains = [b.input(&random.bf16s(dh as usize)), b.input(&random.bf16s(dh as usize))];
+            let row = |i: u32| Row { token: 3, sequence: i, position: 2 + i, pad: 0 };
+            let rows: Vec<Row> = (0..tokens).map(row).collect();
+            let rows = b.input(bytemuck::cast_slice::<_, u32>(&rows));
+            let table = b.input(&random.f32s((8 * dh) as usize));
+            let keys = b.guarded(&vec![7.0; (tokens * 4 * hk * dh) as usize]);
+            let values = b.guarded(&vec![8.0; (tokens * 4 * hk * dh) as usize]);
+            let pages = b.input(&(0..tokens).collect::<Vec<u32>>());
+            let cache = KvCache { format: CacheFormat::F32, page: 4, pages: 1, table: pages, keys, values };
+            let mut p = program(tokens as usize);
+            if fused {
+                p.norm_rope(EPS, gains, Rotated { heads: [h, hk, dh], rows, table, cache }, qkv);
+            } else {
+                p.head_norm(HeadNorm { h, hk, dh, eps: EPS }, gains, qkv);
+                p.rope([h, hk, dh], rows, table, qkv, cache);
+            }
+            (p, vec![qkv, keys, values])
+        };
+        let what = format!("{h} {hk} {dh}, {tokens} rows");
+        for (gpu, device) in gpus() {
+            let [parts, whole] = [false, true].map(|fused| {
+                let mut b = Bench::new(device);
+                let (p, outputs) = case(&mut b, fused);
+                let mut words = b.run(&p, &outputs);
+                // Keys stand normalised in `qkv` only after a launch of their own.
+                let row = ((h + 2 * hk) * dh) as usize;
+                words[0] = words[0].chunks(row).flat_map(|row| row[..(h * dh) as usize].to_vec()).collect();
+                words
+            });
+            assert!(parts == whole, "{what}: other bits on {gpu}");
+        }
+        check_on(&what, 2.0 * sum_tolerance(dh as usize), gpus(), |b| case(b, true));
     }
 }
 

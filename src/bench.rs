@@ -1,5 +1,6 @@
 //! Measuring: how fast memory is read here, what a step must read, and where its time goes.
 
+use crate::decode::{drawn, run_drawing};
 use crate::device::{Buffer, Device};
 use crate::engine::{Engine, Session, Want, write_rows};
 use crate::error::{Error, Result};
@@ -10,6 +11,7 @@ use crate::reply::ReplyOptions;
 use crate::sampler::Sampling;
 use crate::schedule::{Request, Scheduler, SchedulerOptions};
 use crate::tokenizer::TokenId;
+use std::collections::VecDeque;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -134,12 +136,37 @@ pub fn decode(session: &mut Session, depth: usize, warm: usize, count: usize) ->
 
 /// As [`decode`], of `sequences` sequences that are stepped together: seconds of each step, bytes of a step.
 pub fn decode_batch(engine: &Engine, sequences: usize, depth: usize, warm: usize, count: usize) -> Result<Decode> {
-    let (mut scheduler, _requests) = filled(engine, sequences, depth, warm + count + 1)?;
-    let bytes = bytes_of_step(&[&scheduler.begin()?], depth as u64);
+    let (mut scheduler, _requests) = filled(engine, sequences, depth, warm + count + 1, Paged::AsUsual)?;
+    let bytes = bytes_of_step(&[&scheduler.begin(0)?], depth as u64);
     let mut seconds = Vec::new();
     let mut start = Instant::now();
     for i in 0..warm + count {
         scheduler.step()?;
+        let now = Instant::now();
+        if i >= warm {
+            seconds.push((now - start).as_secs_f64());
+        }
+        start = now;
+    }
+    Ok(Decode { depth, seconds, bytes })
+}
+
+/// As [`decode_batch`], without a scheduler's work on the host: one program that feeds itself is submitted over and over, as
+/// far ahead as the device likes, its tokens are read, and nobody looks at them. The cache of a sequence lies in one piece.
+pub fn decode_plain(engine: &Engine, sequences: usize, depth: usize, warm: usize, count: usize) -> Result<Decode> {
+    let steps = warm + count;
+    let (mut scheduler, _requests) = filled(engine, sequences, depth, steps + 1, Paged::InOne)?;
+    let program = scheduler.begin(steps)?;
+    let (device, bytes) = (engine.device(), bytes_of_step(&[&program], depth as u64));
+    let (mut under_way, mut left) = (VecDeque::new(), steps);
+    let mut seconds = Vec::new();
+    let mut start = Instant::now();
+    for i in 0..steps {
+        while left > 0 && under_way.len() <= device.ahead() {
+            under_way.push_back(run_drawing(device, &program, scheduler.drawn())?);
+            left -= 1;
+        }
+        under_way.pop_front().map(drawn).transpose()?;
         let now = Instant::now();
         if i >= warm {
             seconds.push((now - start).as_secs_f64());
@@ -277,12 +304,12 @@ const WEIGHTS: [&str; 3] = ["codes", "scales", "row_scales"];
 pub fn profile(engine: &Engine, depth: usize, rows: usize, rounds: usize) -> Result<Vec<Timed>> {
     let device = engine.device();
     clock(device)?;
-    let (mut scheduler, _requests) = filled(engine, rows, depth, 2)?;
-    let program = scheduler.begin()?;
+    let (mut scheduler, _requests) = filled(engine, rows, depth, 2, Paged::AsUsual)?;
+    let program = scheduler.begin(0)?;
     device.run(&program)?;
     let mut round = || {
         // A step moves its rows on.
-        scheduler.begin()?;
+        scheduler.begin(0)?;
         device.time(&program)
     };
     let rounds = (0..rounds).map(|_| round()).collect::<Result<Vec<_>>>()?;
@@ -294,12 +321,28 @@ pub fn profile(engine: &Engine, depth: usize, rows: usize, rounds: usize) -> Res
     Ok(timed.collect())
 }
 
+/// How the cache of a session lies.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Paged {
+    AsUsual,
+    /// In one page, or in few.
+    InOne,
+}
+
 /// Sessions with prompts of `depth` tokens, at least one, that part at their first, and room for `more` tokens of each.
-fn filled(engine: &Engine, sessions: usize, depth: usize, more: usize) -> Result<(Scheduler, Vec<Request>)> {
+fn filled(
+    engine: &Engine,
+    sessions: usize,
+    depth: usize,
+    more: usize,
+    paged: Paged,
+) -> Result<(Scheduler, Vec<Request>)> {
     let vocab = engine.config().vocab_size;
     // No more of the cache than is used: many sessions with the engine's whole context would not fit.
-    let context = Some(depth.max(1) + more);
-    let mut scheduler = engine.scheduler(&SchedulerOptions { sessions, context, ..SchedulerOptions::default() })?;
+    let context = depth.max(1) + more;
+    let usual = SchedulerOptions { sessions, context: Some(context), ..SchedulerOptions::default() };
+    let page = if paged == Paged::InOne { context.min(1024) } else { usual.page };
+    let mut scheduler = engine.scheduler(&SchedulerOptions { page, ..usual })?;
     let options = ReplyOptions {
         sampling: Sampling::greedy(),
         max_tokens: Some(more + 1),

@@ -14,10 +14,11 @@ use crate::error::{Error, Result};
 use crate::kv::{Held, Kv, Pages};
 use crate::model::State;
 use crate::ops::{Drawn, Row};
-use crate::program::Program;
+use crate::program::{Program, Slice};
 use crate::reply::{Output, ReplyOptions};
 use crate::speculate::{Rows, Speculation};
 use crate::tokenizer::TokenId;
+use crate::trace::probe::hash_bytes;
 use options::planned;
 use request::Outbox;
 use std::collections::VecDeque;
@@ -357,11 +358,19 @@ impl Scheduler {
     }
 
     /// For measuring: put the rows of the next step of drawn tokens in their places, and give its program, which moves them on.
-    pub(crate) fn begin(&mut self) -> Result<Program> {
+    /// It may run `more` times after the first.
+    pub(crate) fn begin(&mut self, more: usize) -> Result<Program> {
         self.forget_ahead();
         let feeds = self.drawn_feeds();
+        feeds.iter().for_each(|feed| self.kv.grow(feed.slot, feed.first + feed.count + more));
         let rows = self.place(&feeds)?;
-        Ok(self.program(&rows).clone())
+        let reach = rows.iter().map(|row| row.position + 1).max().unwrap_or(1) + more as u32;
+        Ok(self.decode_program(rows.len() as u32, reach).clone())
+    }
+
+    /// For measuring: where the tokens of a step are drawn into.
+    pub(crate) fn drawn(&self) -> Slice {
+        self.state.drawn
     }
 
     fn dismiss_cancelled(&mut self) {
@@ -625,7 +634,7 @@ impl Scheduler {
         };
         let later = |slice, bytes: usize| match bytes {
             0 => Ok(None),
-            _ => device.read_later(crate::program::Slice::head(slice, bytes as u64)).map(Some),
+            _ => device.read_later(Slice::head(slice, bytes as u64)).map(Some),
         };
         let drawn = later(s.drawn, rows(&|feed| feed.draws) * size_of::<Drawn>())?;
         let logits = later(s.logits, rows(&|feed| feed.logits) * vocab * 4)?;
@@ -663,14 +672,12 @@ impl Scheduler {
             let mut error = None;
             while let Some(row) = task.next_row(&mut rows) {
                 let row = first + row;
-                let logits: Option<Vec<f32>> = logits.as_ref().filter(|_| feed.logits).map(|bytes| {
-                    let row = bytes[row * row_bytes..(row + 1) * row_bytes].chunks_exact(4);
-                    row.map(bytemuck::pod_read_unaligned).collect()
-                });
-                let hash = logits.as_deref().filter(|_| self.hashing).map(hash);
-                let chosen = match &logits {
-                    Some(logits) if !task.output.greedy() => task.output.sample(logits),
-                    _ => choice(&drawn[row]),
+                let logits = logits.as_ref().filter(|_| feed.logits);
+                let logits = logits.map(|bytes| &bytes[row * row_bytes..(row + 1) * row_bytes]);
+                let hash = logits.filter(|_| self.hashing).map(hash_bytes);
+                let chosen = match logits.filter(|_| !task.output.greedy()) {
+                    Some(bytes) => task.output.sample(&floats(bytes)),
+                    None => choice(&drawn[row]),
                 };
                 let chosen = match chosen {
                     Ok(chosen) => chosen,
@@ -717,8 +724,12 @@ fn by_need(mut feeds: Vec<Feed>) -> Vec<Feed> {
     feeds
 }
 
+fn floats(bytes: &[u8]) -> Vec<f32> {
+    bytes.chunks_exact(4).map(bytemuck::pod_read_unaligned).collect()
+}
+
 /// A hash of the bits of logits, for tests.
 #[doc(hidden)]
 pub fn hash(logits: &[f32]) -> u64 {
-    crate::trace::probe::hash(bytemuck::cast_slice(logits))
+    hash_bytes(bytemuck::cast_slice(logits))
 }

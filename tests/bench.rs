@@ -114,6 +114,23 @@ fn figures_of_prompts_decoding_and_batches() {
 }
 
 #[test]
+fn steps_of_the_scheduler_beside_plain_ones() {
+    for device in devices() {
+        let common = ["--model", &tiny(), "--device", device, "--prefill", "5", "--depth", "20", "--tokens", "3"];
+        let report = report(&[&common[..], &["--batch", "1,3", "--plain"]].concat());
+        let figures = &report["figures"].as_array().unwrap()[1..];
+        let what: Vec<&str> = figures.iter().map(|f| f["what"].as_str().unwrap()).collect();
+        assert_eq!(what, ["decode", "scheduler", "plain", "decode", "plain"]);
+        figures.iter().for_each(|f| check_figure(f, number(f, "batch"), &report));
+        for at in [2, 4] {
+            let [scheduled, plain] = [at - 1, at].map(|at| number(&figures[at], "median_seconds"));
+            assert!((number(&figures[at], "scheduler_over_plain") * plain / scheduled - 1.0).abs() < 1e-9, "{report}");
+            assert_eq!(figures[at - 1]["bytes"], figures[at]["bytes"], "they do not do the same");
+        }
+    }
+}
+
+#[test]
 fn experts_alone() {
     for device in devices() {
         for role in ["decode", "prompt"] {

@@ -96,6 +96,11 @@ fn drafts_change_the_closing_line_and_nothing_else() {
     assert_eq!(out(&output), out(&raw(&["--greedy"])));
     let told = "5 drafted, 5 accepted (100 100 100 % by place), 3.50 tokens a step in 2 steps";
     assert!(err(&output).contains(told), "{}", err(&output));
+    // A draft whose files have no tokenizer.
+    let small = root("models/fireside-draft").display().to_string();
+    let output = raw(&["--greedy", "--model", &own, "--draft", &small, "--draft-tokens", "3"]);
+    assert_eq!(out(&output), out(&raw(&["--greedy"])));
+    assert!(err(&output).contains("drafted"), "{}", err(&output));
     // `auto` never fails: another model, rows of a step that change each other, a step that has one row.
     let modelopt = root("tests/fixtures/qwen3_moe/modelopt").display().to_string();
     let other = ["run", "--model", &modelopt, "--device", "cpu", "-n", "8", "x", "--draft"];

@@ -1,11 +1,12 @@
 //! The scheduler: whoever comes, goes or stands beside it, a session gets the tokens and the bits of logits that it gets alone;
 //! prefixes are computed once; what does not fit is refused or waits; pages come back.
 
+use crate::drafts::{How, Knows, second};
 use crate::harness::{Named, Random, cpu, gpus};
 use crate::models;
 use fourfold::device::{Device, Later, Limits};
 use fourfold::program::{BufferId, Program, Slice};
-use fourfold::speculate::{DraftModel, Drafter, Drafts, PromptLookup};
+use fourfold::speculate::{DraftModel, Drafts, PromptLookup};
 use fourfold::{
     Activations, CacheFormat, DeviceChoice, Engine, Error, Finish, Part, ReplyOptions, Request, Result, Sampling,
     Scheduler, SchedulerOptions, Speculation, Token, Want, hash,
@@ -28,22 +29,22 @@ fn devices() -> Vec<Named> {
     [("twins", cpu())].into_iter().chain(gpus().iter().take(1).cloned()).collect()
 }
 
-fn engine(dir: &PathBuf, device: &Arc<dyn Device>, context: usize) -> Engine {
+pub fn engine(dir: &PathBuf, device: &Arc<dyn Device>, context: usize) -> Engine {
     let builder = Engine::builder().checkpoint(dir).device(DeviceChoice::Own(device.clone()));
     builder.context(context).chunk(16).build().unwrap()
 }
 
-fn prompt(seed: usize, n: usize) -> Vec<u32> {
+pub fn prompt(seed: usize, n: usize) -> Vec<u32> {
     (0..n).map(|i| ((i * 37 + seed * 101 + i * i) % 500) as u32).collect()
 }
 
-fn greedy(max_tokens: usize) -> ReplyOptions {
+pub fn greedy(max_tokens: usize) -> ReplyOptions {
     let sampling = Sampling::greedy();
     ReplyOptions { sampling, max_tokens: Some(max_tokens), stop_tokens: Some(Vec::new()), ..ReplyOptions::default() }
 }
 
 /// With everything on that reads logits and history.
-fn warm(max_tokens: usize, seed: u64) -> ReplyOptions {
+pub fn warm(max_tokens: usize, seed: u64) -> ReplyOptions {
     let sampling = Sampling {
         temperature: 0.9,
         repetition_penalty: 1.1,
@@ -57,37 +58,40 @@ fn warm(max_tokens: usize, seed: u64) -> ReplyOptions {
 
 /// A request, and all that should come of it.
 #[derive(Clone)]
-struct Case {
-    prompt: Vec<u32>,
-    options: ReplyOptions,
-    tokens: Vec<u32>,
-    logprobs: Vec<u32>,
-    hashes: Vec<u64>,
+pub struct Case {
+    pub prompt: Vec<u32>,
+    pub options: ReplyOptions,
+    pub tokens: Vec<u32>,
+    /// The second likeliest in place of each.
+    pub second: Vec<u32>,
+    pub logprobs: Vec<u32>,
+    pub hashes: Vec<u64>,
 }
 
 /// What a session of its own gives: the tokens of a reply, and the logits of feeding them one by one.
-fn alone(engine: &Engine, prompt: Vec<u32>, options: ReplyOptions) -> Case {
+pub fn alone(engine: &Engine, prompt: Vec<u32>, options: ReplyOptions) -> Case {
     let mut session = engine.session().unwrap();
     let reply: Vec<Token> = session.reply(&prompt, &options).unwrap().map(Result::unwrap).collect();
     let tokens: Vec<u32> = reply.iter().map(|t| t.choice.id).collect();
     let mut fresh = engine.session().unwrap();
-    let mut hashes = vec![hash(&fresh.feed(&prompt, Want::Last).unwrap())];
+    let mut logits = vec![fresh.feed(&prompt, Want::Last).unwrap()];
     let fed = &tokens[..tokens.len() - 1];
-    hashes.extend(fed.iter().map(|token| hash(&fresh.feed_drawn(&[*token], Want::Last).unwrap())));
-    Case { prompt, options, tokens, logprobs: logprobs(&reply), hashes }
+    logits.extend(fed.iter().map(|token| fresh.feed_drawn(&[*token], Want::Last).unwrap()));
+    let (hashes, second) = logits.iter().map(|logits| (hash(logits), second(logits))).unzip();
+    Case { prompt, options, tokens, second, logprobs: logprobs(&reply), hashes }
 }
 
-fn logprobs(tokens: &[Token]) -> Vec<u32> {
+pub fn logprobs(tokens: &[Token]) -> Vec<u32> {
     tokens.iter().map(|t| t.choice.logprob.to_bits()).collect()
 }
 
 /// All that a request has to give now.
-fn pulled(request: &Request) -> Vec<Token> {
+pub fn pulled(request: &Request) -> Vec<Token> {
     std::iter::from_fn(|| request.pull().unwrap()).collect()
 }
 
 /// A request told this case's tokens and bits, or the first of them if it was cancelled.
-fn told(case: &Case, request: &Request) -> Result<(), String> {
+pub fn told(case: &Case, request: &Request) -> Result<(), String> {
     let tokens = pulled(request);
     let ids: Vec<u32> = tokens.iter().map(|t| t.choice.id).collect();
     let whole = request.finish() != Some(Finish::Cancelled);
@@ -104,7 +108,7 @@ fn told(case: &Case, request: &Request) -> Result<(), String> {
     }
 }
 
-fn scheduler(engine: &Engine, options: &SchedulerOptions) -> Scheduler {
+pub fn scheduler(engine: &Engine, options: &SchedulerOptions) -> Scheduler {
     let mut scheduler = engine.scheduler(options).unwrap();
     scheduler.hash_logits();
     scheduler
@@ -175,19 +179,19 @@ fn a_strict_engine_is_strict_here_too() {
 
 /// A device that changes something of another one.
 #[derive(Debug)]
-struct Changed {
-    device: Arc<dyn Device>,
-    ahead: usize,
+pub struct Changed {
+    pub device: Arc<dyn Device>,
+    pub ahead: usize,
     /// Before it is used, the cache is filled with NaN.
-    poisoned: bool,
+    pub poisoned: bool,
     /// The page table of the layers that see everything, once it is there: what is written to it leads elsewhere.
-    crooked: Option<Mutex<Option<BufferId>>>,
+    pub crooked: Option<Mutex<Option<BufferId>>>,
     /// Runs until one fails; 0: none does.
-    fails_after: AtomicUsize,
+    pub fails_after: AtomicUsize,
 }
 
 impl Changed {
-    fn new(device: &Arc<dyn Device>) -> Self {
+    pub fn new(device: &Arc<dyn Device>) -> Self {
         let fails_after = AtomicUsize::new(0);
         Self { device: device.clone(), ahead: 0, poisoned: false, crooked: None, fails_after }
     }
@@ -340,7 +344,7 @@ fn the_host_runs_ahead_while_nobody_comes_or_goes() {
         let mut scheduler =
             self::scheduler(&engine, &SchedulerOptions { chunk: Some(32), ..SchedulerOptions::default() });
         let request = add(&mut scheduler, &case);
-        let nothing = knows(&case, How::Nothing);
+        let nothing = knows(&case, How::Empty, 0);
         let nothing = if count == 0 { nothing } else { nothing.with_count(count).unwrap() };
         scheduler.set_speculation(&request, Some(nothing));
         let computed = [(); 3].map(|()| {
@@ -353,49 +357,14 @@ fn the_host_runs_ahead_while_nobody_comes_or_goes() {
     }
 }
 
-/// Drafts from a reply that it knows, and makes something of it.
-#[derive(Debug)]
-struct Knows {
-    reply: Vec<u32>,
-    how: How,
-}
-
-#[derive(Debug)]
-enum How {
-    Right,
-    Nothing,
-    /// Right ones, right ones with a wrong end, wrong ones, more than can be, no tokens at all, none.
-    Hostile(Random),
-    Fails,
-}
-
-impl Drafter for Knows {
-    fn propose(&mut self, history: &[u32], n_prompt: usize, most: usize) -> Result<Vec<u32>> {
-        let mut drafts = self.reply[history.len() - n_prompt..].to_vec();
-        match &mut self.how {
-            How::Right => drafts.truncate(most),
-            How::Nothing => drafts.clear(),
-            How::Hostile(random) => match random.below(6) {
-                0 => drafts.truncate(random.below(8)),
-                1 => drafts.iter_mut().skip(random.below(4)).for_each(|token| *token = (*token + 1) % 500),
-                2 => drafts.iter_mut().for_each(|token| *token ^= 1),
-                3 => drafts.resize(90, 7),
-                4 => drafts = vec![u32::MAX; 3],
-                _ => drafts.clear(),
-            },
-            How::Fails => return Err(Error::Device("told to fail".to_owned())),
-        }
-        Ok(drafts)
-    }
-}
-
-fn knows(case: &Case, how: How) -> Speculation {
-    Speculation::new(Knows { reply: case.tokens.clone(), how })
+pub fn knows(case: &Case, how: How, seed: u64) -> Speculation {
+    let (reply, second) = (case.tokens.clone(), case.second.clone());
+    Speculation::new(Knows { reply, second, how, random: Random(seed) })
 }
 
 /// Drafts up to `count` tokens a step, or (0) as many as it takes to be good.
-fn hostile(case: &Case, seed: u64, count: usize) -> Speculation {
-    let speculation = knows(case, How::Hostile(Random(seed)));
+pub fn hostile(case: &Case, seed: u64, count: usize) -> Speculation {
+    let speculation = knows(case, How::Any, seed);
     if count == 0 { speculation } else { speculation.with_count(count).unwrap() }
 }
 
@@ -422,8 +391,10 @@ fn what_is_drafted_is_taken_back_unless_it_would_have_been_drawn() {
             // The comparison notices a wrong token that is kept.
             let mut scheduler = scheduler(&engine, &SchedulerOptions::default());
             let request = add(&mut scheduler, &cases[0]);
-            scheduler
-                .set_speculation(&request, Some(knows(&cases[1], How::Right).keeping_wrong().with_count(3).unwrap()));
+            scheduler.set_speculation(
+                &request,
+                Some(knows(&cases[1], How::Right, 0).keeping_wrong().with_count(3).unwrap()),
+            );
             run(&mut scheduler);
             assert!(told(&cases[0], &request).is_err(), "{} on {where_}", dir.display());
         }
@@ -476,7 +447,7 @@ fn those_who_draft_take_turns_and_leave_room() {
         let mut scheduler = scheduler(&engine, &options);
         let requests: Vec<Request> = cases.iter().map(|case| add(&mut scheduler, case)).collect();
         for (case, request) in cases.iter().zip(&requests) {
-            scheduler.set_speculation(request, Some(knows(case, How::Right).with_count(15).unwrap()));
+            scheduler.set_speculation(request, Some(knows(case, How::Right, 0).with_count(15).unwrap()));
         }
         let mut before = 0;
         while scheduler.step().unwrap() {
@@ -493,7 +464,7 @@ fn those_who_draft_take_turns_and_leave_room() {
     // One whose drafter fails ends, and the other goes on.
     let mut scheduler = scheduler(&engine, &SchedulerOptions::default());
     let requests: Vec<Request> = cases.iter().map(|case| add(&mut scheduler, case)).collect();
-    scheduler.set_speculation(&requests[0], Some(knows(&cases[0], How::Fails).with_count(2).unwrap()));
+    scheduler.set_speculation(&requests[0], Some(knows(&cases[0], How::Fails, 0).with_count(2).unwrap()));
     run(&mut scheduler);
     assert_eq!(requests[0].pull().unwrap().unwrap().choice.id, cases[0].tokens[0]);
     assert!(requests[0].pull().unwrap_err().to_string().contains("told to fail"));
@@ -770,6 +741,40 @@ fn a_device_that_fails_leaves_sessions_as_they_were() {
         let request = scheduler.add(&[1], &greedy(3)).unwrap();
         drop(scheduler);
         assert_eq!((request.is_over(), request.finish()), (true, Some(Finish::Cancelled)));
+    }
+}
+
+#[test]
+fn a_step_that_fails_takes_back_what_was_proposed() {
+    for (where_, device) in devices() {
+        let failing = Arc::new(Changed::new(&device));
+        let shared: Arc<dyn Device> = failing.clone();
+        let engine = engine(&tiny(), &shared, 100);
+        let [first, second, third] = [1, 2, 3].map(|i| alone(&engine, prompt(i, 9 + i), greedy(20)));
+        // Over the drawn tokens and the proposals, or behind that, over a prompt.
+        for run_that_fails in [1, 2] {
+            let options = SchedulerOptions { sessions: 3, drafts: 3, page: 1, chunk: Some(32), ..Default::default() };
+            let mut scheduler = scheduler(&engine, &options);
+            let mut requests = vec![add(&mut scheduler, &first), add(&mut scheduler, &second)];
+            let right = |case: &Case| Some(knows(case, How::Right, 0).with_count(3).unwrap());
+            scheduler.set_speculation(&requests[0], right(&first));
+            (0..2).for_each(|_| assert!(scheduler.step().unwrap()));
+            let held = scheduler.pages().map(|pages| pages.held);
+            requests.extend((run_that_fails == 2).then(|| add(&mut scheduler, &third)));
+            failing.fails_after.store(run_that_fails, Ordering::Relaxed);
+            assert!(scheduler.step().unwrap_err().to_string().contains("planted"));
+            assert_eq!(scheduler.pages().map(|pages| pages.held), held, "pages were kept on {where_}");
+            // Another takes its share of the three; with those of the step that failed there would be more.
+            scheduler.set_speculation(&requests[1], right(&second));
+            let before = scheduler.computed_tokens();
+            assert!(scheduler.step().unwrap());
+            let prompts = if run_that_fails == 2 { third.prompt.len() } else { 0 };
+            assert_eq!(scheduler.computed_tokens() - before, (2 + 3 + prompts) as u64, "on {where_}");
+            run(&mut scheduler);
+            for (case, request) in [&first, &second, &third].into_iter().zip(&requests) {
+                told(case, request).unwrap_or_else(|e| panic!("run {run_that_fails} failed on {where_}: {e}"));
+            }
+        }
     }
 }
 

@@ -1,13 +1,12 @@
 //! Speculative decoding: whatever is drafted, tokens, bits of logits and the session afterwards are those of plain decoding.
 
+use crate::drafts::{ALL, How, Knows, second};
 use crate::harness::{Named, Random, cpu, gpus};
 use crate::models::fixture;
 use fourfold::sampler::sample;
-use fourfold::speculate::{DraftModel, Drafter, PromptLookup};
+use fourfold::speculate::{DraftModel, PromptLookup};
 use fourfold::tokenizer::TokenId;
-use fourfold::{
-    Activations, DeviceChoice, Engine, Error, Finish, ReplyOptions, Result, Sampling, Session, Speculation, Stats, Want,
-};
+use fourfold::{Activations, DeviceChoice, Engine, Finish, ReplyOptions, Sampling, Session, Speculation, Stats, Want};
 use std::sync::Arc;
 
 /// The twins, and the GPU as it is.
@@ -30,7 +29,7 @@ fn options(max_tokens: usize, sampling: Sampling) -> ReplyOptions {
 }
 
 /// Everything that can be on.
-fn warm() -> Sampling {
+pub fn warm() -> Sampling {
     Sampling {
         temperature: 0.8,
         top_k: 60,
@@ -121,63 +120,9 @@ fn fresh(
     told(&mut session, prompt, options, usize::MAX)
 }
 
-/// A drafter that knows the reply, and what it makes of it.
-#[derive(Clone, Debug)]
-struct Knows {
-    /// What plain decoding drew.
-    reply: Vec<TokenId>,
-    /// The second likeliest token in each place.
-    second: Vec<TokenId>,
-    how: How,
-    random: u64,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq)]
-enum How {
-    Right,
-    Wrong,
-    /// The second likeliest: right where the draw made it so.
-    NearTie,
-    /// Right, but for one token in three or so.
-    Mixed,
-    Random,
-    Empty,
-    /// Right, and as many as there are.
-    OverLong,
-    /// One that is right, then no token, then right ones.
-    Illegal,
-}
-
-impl Drafter for Knows {
-    fn propose(&mut self, history: &[TokenId], n_prompt: usize, most: usize) -> Result<Vec<TokenId>> {
-        let at = (history.len() - n_prompt).min(self.reply.len());
-        let right = &self.reply[at..];
-        let mut random = Random(self.random);
-        self.random = random.next();
-        Ok(match self.how {
-            How::Right => right.iter().take(most).copied().collect(),
-            How::Wrong => right.iter().take(most).map(|id| (id + 1) % 500).collect(),
-            How::NearTie => self.second[at..].iter().take(most).copied().collect(),
-            How::Mixed => right.iter().take(most).map(|id| (id + u32::from(random.below(3) == 0)) % 500).collect(),
-            How::Random => (0..most).map(|_| random.below(500) as TokenId).collect(),
-            How::Empty => Vec::new(),
-            How::OverLong => [right, &vec![7; 1000]].concat(),
-            How::Illegal => [&right[..right.len().min(1)], &[TokenId::MAX, 512, 70_000], right].concat(),
-        })
-    }
-}
-
-const ALL: [How; 8] =
-    [How::Right, How::Wrong, How::NearTie, How::Mixed, How::Random, How::Empty, How::OverLong, How::Illegal];
-
 fn knows(plain: &Told, how: How) -> Knows {
-    let second = |logits: &Vec<u32>| {
-        let mut ranked: Vec<(f32, TokenId)> = logits.iter().map(|bits| f32::from_bits(*bits)).zip(0..).collect();
-        ranked.sort_by(|a, b| b.0.total_cmp(&a.0));
-        ranked[1].1
-    };
-    let second = plain.logits.iter().map(second).collect();
-    Knows { reply: plain.ids.clone(), second, how, random: 9 }
+    let second = plain.logits.iter().map(|bits| second(bytemuck::cast_slice(bits))).collect();
+    Knows { reply: plain.ids.clone(), second, how, random: Random(9) }
 }
 
 /// Counts are what they are called, and account for the tokens.
@@ -280,6 +225,18 @@ fn a_model_that_drafts_for_itself_is_always_right() {
                 assert!(d.drafted() >= 24 && d.drafted() == d.accepted(), "on {where_}: {d:?}");
                 check(&stats, where_);
             }
+            // Warm as well, if it draws as the reply does.
+            let warm = options(50, warm());
+            let (plain, _) = fresh(&engine, &prompt, &warm, None);
+            let rate = |sampling| {
+                let draft = DraftModel::new(&engine, &engine).unwrap().with_sampling(sampling);
+                let speculation = Speculation::new(draft).with_count(5).unwrap();
+                let (got, stats) = fresh(&engine, &prompt, &warm, Some(speculation));
+                assert_eq!(plain.difference(&got), None, "on {where_}");
+                stats.drafts.rate()
+            };
+            assert_eq!(rate(warm.sampling.clone()), 1.0, "on {where_}");
+            assert!(rate(Sampling::greedy()) < 1.0 && rate(Sampling { seed: 6, ..warm.sampling.clone() }) < 1.0);
         }
     }
 }
@@ -406,15 +363,10 @@ fn what_cannot_draft_is_one_clear_error() {
     let error = DraftModel::new(&odd, &tiny).unwrap_err().to_string();
     assert!(error.contains("draft") && error.contains("503") && error.contains("512"), "{error}");
     // A drafter's own error ends the reply, and not the session.
-    #[derive(Debug)]
-    struct Fails;
-    impl Drafter for Fails {
-        fn propose(&mut self, _: &[TokenId], _: usize, _: usize) -> Result<Vec<TokenId>> {
-            Err(Error::Device("told to fail".into()))
-        }
-    }
     let mut session = tiny.session().unwrap();
-    session.set_speculation(Some(Speculation::new(Fails).with_count(2).unwrap())).unwrap();
+    session
+        .set_speculation(Some(Speculation::new(knows(&Told::default(), How::Fails)).with_count(2).unwrap()))
+        .unwrap();
     let (got, _) = told(&mut session, &prompt(1, 9), &options(5, warm()), usize::MAX);
     assert!(got.ids.len() == 1 && got.error.is_some_and(|e| e.contains("told to fail")));
     session.set_speculation(None).unwrap();
@@ -460,6 +412,20 @@ mod default_model {
             assert!(stats.drafts.accepted() > 0, "{:?}", stats.drafts);
             println!("{:?}: {:.0} % of the default draft", options.sampling, 100.0 * stats.drafts.rate());
         }
+    }
+
+    #[test]
+    fn a_draft_without_a_tokenizer_means_its_target_s_tokens() {
+        let engine = built(Engine::builder());
+        let draft = built(Engine::builder().checkpoint(crate::cli::root("models/fireside-draft")));
+        assert!(draft.tokenizer().is_err());
+        let prompt = engine.tokenizer().unwrap().encode("Once upon a time").unwrap();
+        let options = options(12, Sampling::greedy());
+        let (plain, _) = fresh(&engine, &prompt, &options, None);
+        let speculation = Speculation::new(DraftModel::new(&draft, &engine).unwrap()).with_count(3).unwrap();
+        let (got, stats) = fresh(&engine, &prompt, &options, Some(speculation));
+        assert_eq!(plain.difference(&got), None);
+        assert!(stats.drafts.accepted() > 0, "{:?}", stats.drafts);
     }
 
     #[test]

@@ -20,6 +20,7 @@ Examples:
   fourfold bench --model synth:gpt-oss-120b:12         its first 12 layers
   fourfold bench --depth 0,4096 --prefill 512,2048     other lengths
   fourfold bench --batch 1,8,32                        conversations that are stepped together
+  fourfold bench --batch 8,32 --plain                  and what the scheduler costs them
   fourfold bench --profile                             where the time of a step goes
   fourfold bench --kernel moe --tokens 1,8,64          the experts of one layer alone
   fourfold bench --chart bench.svg                     a picture of it
@@ -48,6 +49,9 @@ pub(super) struct Args {
     /// With --kernel: the kernels of decoding, or those of prompts
     #[arg(long, value_name = "ROLE", requires = "kernel", default_value = "decode")]
     role: RoleArg,
+    /// Measure steps without the scheduler's work beside its own: what it costs
+    #[arg(long, conflicts_with = "kernel")]
+    plain: bool,
     /// Time every launch of a step on the device
     #[arg(long, conflicts_with = "kernel")]
     profile: bool,
@@ -222,14 +226,27 @@ fn steps(args: &Args, engine: &fourfold::Engine) -> anyhow::Result<Measured> {
     }
     for &depth in &args.depth {
         for &batch in &args.batch {
-            let run = match batch {
-                1 => bench::decode(&mut session, depth, WARM, count)?,
-                _ => bench::decode_batch(engine, batch, depth, WARM, count)?,
-            };
             let beside = if batch == 1 { String::new() } else { format!(", {batch} at once") };
-            let facts = json!({ "what": "decode", "depth": depth, "batch": batch });
-            let (what, bytes) = (format!("decode at {depth}{beside}"), Some(run.bytes));
-            figures.push(Figure { what, facts, tokens: batch, seconds: run.seconds, bytes });
+            let mut add = |what: &str, how: &str, run: bench::Decode| {
+                let facts = json!({ "what": what, "depth": depth, "batch": batch });
+                let (what, bytes) = (format!("decode at {depth}{beside}{how}"), Some(run.bytes));
+                figures.push(Figure { what, facts, tokens: batch, seconds: run.seconds, bytes });
+            };
+            if batch == 1 {
+                add("decode", "", bench::decode(&mut session, depth, WARM, count)?);
+            }
+            if batch > 1 || args.plain {
+                let (what, how) = if batch > 1 { ("decode", "") } else { ("scheduler", ", scheduler") };
+                add(what, how, bench::decode_batch(engine, batch, depth, WARM, count)?);
+            }
+            if args.plain {
+                add("plain", ", plain steps", bench::decode_plain(engine, batch, depth, WARM, count)?);
+                if let [.., scheduled, plain] = &mut figures[..] {
+                    let share = scheduled.median() / plain.median();
+                    plain.what += &format!(" (x {share:.3})");
+                    plain.facts["scheduler_over_plain"] = share.into();
+                }
+            }
         }
     }
     Ok((figures, ceiling))

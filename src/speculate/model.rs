@@ -4,17 +4,19 @@ use super::Drafter;
 use crate::engine::{Engine, Session, Want};
 use crate::error::{Error, Result};
 use crate::ops::Activations;
-use crate::sampler::Sampling;
+use crate::sampler::{Sampling, sample};
 use crate::tokenizer::TokenId;
 
-/// Drafts by a model of its own, greedily. Its conversation follows what was really drawn.
+/// Drafts by a model of its own: its likeliest tokens, unless told to draw. Its conversation follows what was really drawn.
 #[derive(Debug)]
 pub struct DraftModel {
     session: Session,
+    sampling: Sampling,
 }
 
 impl DraftModel {
-    /// A conversation of `draft` that drafts for sessions of `target`, on the same device or another.
+    /// A conversation of `draft` that drafts for sessions of `target`, on the same device or another. A draft without a
+    /// tokenizer is taken to mean the target's, if it has as many tokens.
     ///
     /// # Errors
     /// The two do not have the same tokens.
@@ -22,12 +24,12 @@ impl DraftModel {
         let refuse = |why: String| Err(Error::option("draft", format!("{} {why}", draft.name())));
         let difference = match (draft.tokenizer(), target.tokenizer()) {
             (Ok(ours), Ok(theirs)) => ours.difference(theirs),
-            (Err(_), Err(_)) => {
-                // Both take and give ids only.
-                let [ours, theirs] = [draft, target].map(|engine| engine.config().vocab_size);
-                (ours != theirs).then(|| format!("has {ours} tokens instead of {theirs}"))
+            (Err(_), theirs) => {
+                // It takes and gives ids only, which are the target's or mean nothing.
+                let [ours, wanted] = [draft, target].map(|engine| engine.config().vocab_size);
+                let unnamed = if theirs.is_ok() { "has no tokenizer.json, and " } else { "has " };
+                (ours != wanted).then(|| format!("{unnamed}{ours} tokens instead of {wanted}"))
             }
-            (Err(_), _) => Some("has no tokenizer.json to compare".to_owned()),
             (_, Err(_)) => Some("has a tokenizer.json, and the model has none to compare".to_owned()),
         };
         if let Some(difference) = difference {
@@ -40,7 +42,13 @@ impl DraftModel {
         if draft.activations() == Activations::Nvfp4Dynamic {
             return refuse("cannot draft with activations \"nvfp4-dynamic\": use \"nvfp4-token\"".to_owned());
         }
-        Ok(Self { session: draft.session()? })
+        Ok(Self { session: draft.session()?, sampling: Sampling::greedy() })
+    }
+
+    /// Draw proposals as the reply's own tokens are drawn: by its options and the random number of each place, so that a model
+    /// that drafts for itself is right at any temperature. It reads the logits of every token that it proposes.
+    pub fn with_sampling(self, sampling: Sampling) -> Self {
+        Self { sampling, ..self }
     }
 }
 
@@ -63,10 +71,21 @@ impl Drafter for DraftModel {
         }
         let last = drawn.len().saturating_sub(session.max_picks());
         session.feed_drawn(&drawn[..last], Want::Nothing)?;
-        let verified = session.verify(&drawn[last..], true)?;
+        let greedy = self.sampling.temperature == 0.0 && self.sampling.repetition_penalty == 1.0;
+        let verified = session.verify(&drawn[last..], greedy)?;
         drawn[last..].iter().for_each(|&id| session.hold(id));
-        let vocab = session.engine().config().vocab_size;
-        let mut proposal = vec![verified.choose(drawn.len() - last - 1, vocab, &Sampling::greedy(), history)?.id];
+        let (row, vocab) = (drawn.len() - last - 1, session.engine().config().vocab_size);
+        let mut proposal = vec![verified.choose(row, vocab, &self.sampling, history)?.id];
+        if !greedy {
+            let mut text = history.to_vec();
+            while proposal.len() < most {
+                let token = proposal[proposal.len() - 1];
+                text.push(token);
+                let logits = session.feed_drawn(&[token], Want::Last)?;
+                proposal.push(sample(&self.sampling, &logits, &text, text.len() as u64)?.id);
+            }
+            return Ok(proposal);
+        }
         if most > 1 {
             session.draw_after(proposal[0])?;
         }

@@ -25,7 +25,11 @@ var<private> n0: u32;
 var<private> t0: u32;
 
 fn weight_row(l: u32) -> u32 {
-    return min(n0 + l, COUNT - 1u);
+    return select(min(n0 + l, COUNT - 1u), n0 + l, side_by_side());
+}
+
+fn side_by_side() -> bool {
+    return COUNT % ROWS == 0u;
 }
 
 fn bias_row(l: u32) -> u32 {

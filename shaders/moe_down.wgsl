@@ -27,7 +27,11 @@ var<private> d0: u32;
 var<private> row0: u32;
 
 fn weight_row(l: u32) -> u32 {
-    return min(row0 + l, COUNT * D - 1u);
+    return select(min(row0 + l, COUNT * D - 1u), row0 + l, side_by_side());
+}
+
+fn side_by_side() -> bool {
+    return D % ROWS == 0u;
 }
 
 fn bias_row(l: u32) -> u32 {

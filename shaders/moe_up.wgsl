@@ -35,7 +35,14 @@ var<private> row0: u32;
 
 // Rows 2r and 2r + 1 of the workgroup are gate and up of one output.
 fn weight_row(l: u32) -> u32 {
+    if side_by_side() {
+        return row0 + l;
+    }
     return min(row0 + l / 2u * STRIDE + l % 2u * UP, COUNT * F * 2u - 1u);
+}
+
+fn side_by_side() -> bool {
+    return STRIDE == 2u && F * 2u % ROWS == 0u;
 }
 
 fn bias_row(l: u32) -> u32 {

@@ -28,7 +28,7 @@ override N: u32;
 var<private> n0: u32;
 
 fn weight_row(l: u32) -> u32 {
-    return min(matrix_row(l), N - 1u);
+    return select(min(matrix_row(l), N - 1u), matrix_row(l), N % ROWS == 0u);
 }
 
 fn input_row(j: u32) -> u32 {
@@ -43,8 +43,8 @@ fn bias_row(l: u32) -> u32 {
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) lane: u32) {
     n0 = group.x * ROWS;
     fetch(0u, 0u, lane); // on their way while the row is normalised
-    let place = place_of(lane);
     normalise(lane, group.x == 0u);
+    let place = place_of(lane); // after what the norm waits for, before what the weights take
     multiply(lane);
     put(lane, place);
 }

@@ -15,7 +15,3 @@ fn in_units(x: Sixteen) -> Sixteen {
     const UNIT = WEIGHT_UNIT * INPUT_UNIT;
     return Sixteen(x.a * UNIT, x.b * UNIT, x.c * UNIT, x.d * UNIT, x.scale);
 }
-
-fn weight_at(row: u32, chunks: u32, i: u32) -> Sixteen {
-    return opened(stored_at(row, chunks, i));
-}

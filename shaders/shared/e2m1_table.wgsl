@@ -19,3 +19,21 @@ fn e2m1x8(w: u32) -> E2m1x8 {
         vec4<f32>(e2m1(w >> 16u), e2m1(w >> 20u), e2m1(w >> 24u), e2m1(w >> 28u)),
     );
 }
+
+// The same of a word of weights, laid out so that few masks and shifts take it apart: see e2m1_half.
+fn e2m1x8_laid_out(w: u32) -> E2m1x8 {
+    return E2m1x8(
+        vec4<f32>(e2m1_of(w >> 9u, w >> 15u), e2m1_of(w >> 1u, w >> 7u), e2m1_of(w >> 12u, w >> 8u), e2m1_of(w >> 4u, w)),
+        vec4<f32>(
+            e2m1_of(w >> 25u, w >> 31u),
+            e2m1_of(w >> 17u, w >> 23u),
+            e2m1_of(w >> 28u, w >> 24u),
+            e2m1_of(w >> 20u, w >> 16u),
+        ),
+    );
+}
+
+// Exponent and mantissa in the low three bits of one word, the sign in the lowest of another.
+fn e2m1_of(magnitude: u32, sign: u32) -> f32 {
+    return e2m1((magnitude & 7u) | ((sign & 1u) << 3u));
+}

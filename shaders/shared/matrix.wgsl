@@ -56,10 +56,11 @@ fn multiply(lane: u32) {
     var d10 = coop_mat16x16<f32, C>();
     var d11 = coop_mat16x16<f32, C>();
     var next = stored_at(w_row, K / 16u, min(lane % 2u, K / 16u - 1u));
+    var next_scale = scales_at(w_row, K / 16u, min(lane % 2u, K / 16u - 1u)) >> (w_row % 4u * 8u);
     var q0 = quad_at(x0, lane % 8u);
     var q1 = quad_at(x1, lane % 8u);
     for (var k = 0u; k < K; k += 32u) {
-        let w = opened(next);
+        let w = opened(next, next_scale);
         // Past the end zeros.
         let unit = select(0.0, w.scale * WEIGHT_UNIT, k / 16u + lane % 2u < K / 16u);
         tile_w[w_at] = vec4<f16>(w.a * unit);
@@ -70,7 +71,9 @@ fn multiply(lane: u32) {
         put_quad(x_at + 32u * PITCH, q1);
         workgroupBarrier(); // the tiles are whole
         // The next ones are on their way while these are multiplied.
-        next = stored_at(w_row, K / 16u, min(k / 16u + 2u + lane % 2u, K / 16u - 1u));
+        let ahead = min(k / 16u + 2u + lane % 2u, K / 16u - 1u);
+        next = stored_at(w_row, K / 16u, ahead);
+        next_scale = scales_at(w_row, K / 16u, ahead) >> (w_row % 4u * 8u);
         q0 = quad_at(x0, k / 4u + 8u + lane % 8u);
         q1 = quad_at(x1, k / 4u + 8u + lane % 8u);
         for (var half = 0u; half < 8u; half += 4u) {

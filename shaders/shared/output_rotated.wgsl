@@ -15,6 +15,10 @@ fn put_query(at: u32, lo: vec2<f32>, hi: vec2<f32>) {
     y[at + DH / 2u + 1u] = hi.y;
 }
 
+fn side_by_side() -> bool {
+    return N % ROWS == 0u && DH / 2u % (ROWS / 2u) == 0u;
+}
+
 // Where the lane's first pairs go.
 fn place_of(lane: u32) -> Turn {
     return turn_of(0u, min(n0 / 2u + lane * 2u, N / 2u - 2u) % (DH / 2u));

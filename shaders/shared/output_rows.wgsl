@@ -3,6 +3,10 @@ fn matrix_row(l: u32) -> u32 {
     return n0 + l;
 }
 
+fn side_by_side() -> bool {
+    return N % ROWS == 0u;
+}
+
 // Nothing but the row's end is needed to put it.
 fn place_of(lane: u32) -> u32 {
     return 0u;

@@ -6,7 +6,9 @@
 // LANES of a span (`fold`); a group's spans, WARPS apart, in order; then the groups in order.
 //
 // The kernel gives weight_row(l), where row l of ROWS stands in the matrix, input_row(j), where row j of TOKENS stands in the
-// input, and bias_row(l), where row l of ROWS stands in the bias; all always name a row that exists.
+// input, and bias_row(l), where row l of ROWS stands in the bias; all always name a row that exists. And side_by_side():
+// whether the rows of a batch stand side by side, the first at a multiple of BATCH. That is known when a kernel is compiled,
+// and makes addresses cheap.
 #import warps
 #import tile
 #import weights
@@ -22,12 +24,31 @@ var<workgroup> ends: array<vec2<f32>, 32>;
 
 // The weights that come next, as they are stored.
 var<private> next: array<Stored, BATCH>;
+// Their scales: one word where they stand side by side.
+var<private> next_scales: array<u32, BATCH>;
 
 // Send for the rows of weights from row l on, of the sixteen at start + lane; past the end the last sixteen again, for nothing.
 fn fetch(l: u32, start: u32, lane: u32) {
+    let i = min(start + lane, K / 16u - 1u);
+    let row = weight_row(l);
+    next_scales[0] = scales_at(row, K / 16u, i) >> (row % 4u * 8u);
     for (var b = 0u; b < BATCH; b++) {
-        next[b] = stored_at(weight_row(l + b), K / 16u, min(start + lane, K / 16u - 1u));
+        if side_by_side() {
+            next[b] = stored_at(row + b, K / 16u, i);
+        } else {
+            let other = weight_row(l + b);
+            next[b] = stored_at(other, K / 16u, i);
+            next_scales[b] = scales_at(other, K / 16u, i) >> (other % 4u * 8u);
+        }
     }
+}
+
+// The scale of row b of a batch, in the low byte.
+fn scale_of(scales: array<u32, BATCH>, b: u32) -> u32 {
+    if side_by_side() {
+        return scales[0] >> (b * 8u);
+    }
+    return scales[b];
 }
 
 // Find all sums of the workgroup: every lane must call it, once, after fetch(0u, 0u, lane).
@@ -48,12 +69,14 @@ fn multiply(lane: u32) {
         if start > 0u {
             fetch(0u, start, lane);
         }
-        for (var l = 0u; l < ROWS; l += BATCH) {
+        for (var batch = 0u; batch < ROWS / BATCH; batch++) {
+            let l = batch * BATCH;
             let stored = next;
-            fetch(min(l + BATCH, ROWS - BATCH), start, lane); // on their way while these are multiplied
+            let scales = next_scales;
+            fetch(min(batch + 1u, ROWS / BATCH - 1u) * BATCH, start, lane); // on their way while these are multiplied
             var values: array<f32, VALUES>;
             for (var b = 0u; b < BATCH; b++) {
-                let w = opened(stored[b]);
+                let w = opened(stored[b], scale_of(scales, b));
                 for (var j = 0u; j < TOKENS; j++) {
                     values[b * TOKENS + j] = select(0.0, dot16(w, xs[j]), there);
                 }

@@ -16,7 +16,12 @@ fn stored_at(row: u32, chunks: u32, i: u32) -> Stored {
     return Stored(codes[at], codes[at + 1u]);
 }
 
-fn opened(s: Stored) -> Sixteen {
+// None that four rows share a word of.
+fn scales_at(row: u32, chunks: u32, i: u32) -> u32 {
+    return 0u;
+}
+
+fn opened(s: Stored, scale: u32) -> Sixteen {
     let v = s.lower;
     let w = s.upper;
     return Sixteen(bf16x4(v.x, v.y), bf16x4(v.z, v.w), bf16x4(w.x, w.y), bf16x4(w.z, w.w), 1.0);

@@ -16,7 +16,12 @@ fn stored_at(row: u32, chunks: u32, i: u32) -> Stored {
     return Stored(codes[row * chunks + i], scales[row * (chunks / 8u) + i / 8u]);
 }
 
-fn opened(s: Stored) -> Sixteen {
+// None that four rows share a word of.
+fn scales_at(row: u32, chunks: u32, i: u32) -> u32 {
+    return 0u;
+}
+
+fn opened(s: Stored, scale: u32) -> Sixteen {
     return Sixteen(e4m3x4(s.codes.x), e4m3x4(s.codes.y), e4m3x4(s.codes.z), e4m3x4(s.codes.w), s.scale);
 }
 

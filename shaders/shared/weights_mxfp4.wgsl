@@ -1,5 +1,5 @@
-// Fills slot `weights`: an MXFP4 matrix [rows, K] as it lies on disk. Blocks of 32 along K: 16 bytes of E2M1 codes,
-// element 2j in the low nibble of byte j, and one E8M0 scale byte apart (OCP Microscaling formats 1.0).
+// Fills slot `weights`: an MXFP4 matrix [rows, K], as `src/ops/layout.rs` lays it out. Blocks of 32 along K: 16 bytes of E2M1
+// codes, and one E8M0 scale byte apart (OCP Microscaling formats 1.0); a word has the scales of four rows.
 #import e2m1
 #import sixteen
 @group(0) @binding(1) var<storage, read> codes: array<vec2<u32>>;
@@ -15,19 +15,22 @@ fn e8m0(code: u32) -> f32 {
 
 struct Stored {
     codes: vec2<u32>,
-    scale: u32, // in the low byte
 }
 
 // Elements 16i..16i+16 of a row of K = 16 chunks elements, as they are stored: kernels may fetch them early.
 fn stored_at(row: u32, chunks: u32, i: u32) -> Stored {
-    let block = row * (chunks / 2u) + i / 2u;
-    return Stored(codes[row * chunks + i], scales[block / 4u] >> ((block % 4u) * 8u));
+    return Stored(codes[row * chunks + i]);
 }
 
-fn opened(s: Stored) -> Sixteen {
-    let v = e2m1x8(s.codes.x);
-    let w = e2m1x8(s.codes.y);
-    return Sixteen(v.a, v.b, w.a, w.b, e8m0(s.scale & 255u));
+// Their scale and those of the rows beside it: row r's in byte r % 4.
+fn scales_at(row: u32, chunks: u32, i: u32) -> u32 {
+    return scales[row / 4u * (chunks / 2u) + i / 2u];
+}
+
+fn opened(s: Stored, scale: u32) -> Sixteen {
+    let v = e2m1x8_laid_out(s.codes.x);
+    let w = e2m1x8_laid_out(s.codes.y);
+    return Sixteen(v.a, v.b, w.a, w.b, e8m0(scale & 255u));
 }
 
 fn row_scale(row: u32) -> f32 {

@@ -1,5 +1,5 @@
-// Fills slot `weights`: an NVFP4 matrix [rows, K] as it lies on disk. Blocks of 16 along K: 8 bytes of E2M1 codes,
-// element 2j in the low nibble of byte j, one E4M3 scale byte apart, and the tensor's f32 for each row.
+// Fills slot `weights`: an NVFP4 matrix [rows, K], as `src/ops/layout.rs` lays it out. Blocks of 16 along K: 8 bytes of
+// E2M1 codes, one E4M3 scale byte apart, and the tensor's f32 for each row.
 #import e2m1
 #import e4m3
 #import sixteen
@@ -11,19 +11,22 @@ const WEIGHT_UNIT = E2M1_UNIT;
 
 struct Stored {
     codes: vec2<u32>,
-    scale: u32, // in the low byte
 }
 
 // Elements 16i..16i+16 of a row of K = 16 chunks elements, as they are stored: kernels may fetch them early.
 fn stored_at(row: u32, chunks: u32, i: u32) -> Stored {
-    let block = row * chunks + i;
-    return Stored(codes[block], scales[block / 4u] >> ((block % 4u) * 8u));
+    return Stored(codes[row * chunks + i]);
 }
 
-fn opened(s: Stored) -> Sixteen {
-    let v = e2m1x8(s.codes.x);
-    let w = e2m1x8(s.codes.y);
-    return Sixteen(v.a, v.b, w.a, w.b, e4m3(s.scale & 255u));
+// Their scale and those of the rows beside it: row r's in byte r % 4.
+fn scales_at(row: u32, chunks: u32, i: u32) -> u32 {
+    return scales[row / 4u * chunks + i];
+}
+
+fn opened(s: Stored, scale: u32) -> Sixteen {
+    let v = e2m1x8_laid_out(s.codes.x);
+    let w = e2m1x8_laid_out(s.codes.y);
+    return Sixteen(v.a, v.b, w.a, w.b, e4m3(scale & 255u));
 }
 
 // What the sum over a row is multiplied by.

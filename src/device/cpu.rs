@@ -23,6 +23,7 @@ impl Default for Cpu {
             max_grid: u32::MAX,
             max_storage_buffers: u32::MAX,
             matrix: false,
+            laid_out: false,
         })
     }
 }

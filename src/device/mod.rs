@@ -8,7 +8,7 @@ pub mod rehearsal;
 pub mod reserved;
 
 use crate::error::Result;
-use crate::ops::Views;
+use crate::ops::{Layout, Views};
 use crate::program::{Access, BufferId, Launch, Program, Slice, Stage};
 use std::fmt;
 use std::sync::Arc;
@@ -51,6 +51,16 @@ pub trait Device: Send + Sync + fmt::Debug {
             put(&short)?;
         }
         Ok(())
+    }
+    /// The same, laid out for the kernels of a device whose [`Limits`] say so.
+    fn write_laid_out(&self, to: Slice, pieces: &[&[u8]], layout: Layout) -> Result<()> {
+        if layout == Layout::Stored {
+            return self.write_pieces(to, pieces);
+        }
+        let bytes = pieces.concat();
+        let mut out = vec![0; layout.bytes(bytes.len())];
+        layout.put(&bytes, &mut out);
+        self.write_pieces(to, &[&out])
     }
     /// Copy a whole slice out, after every program that ran before.
     fn read(&self, from: Slice, bytes: &mut [u8]) -> Result<()>;
@@ -127,6 +137,8 @@ pub struct Limits {
     pub max_storage_buffers: u32,
     /// Whether kernels with matrix units run here: 16 x 16 x 16 halves, added in f32.
     pub matrix: bool,
+    /// Whether kernels read FP4 weights as [`Layout`] lays them out; else as they lie on disk.
+    pub laid_out: bool,
 }
 
 /// A buffer that gives itself back.

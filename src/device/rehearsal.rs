@@ -3,6 +3,7 @@
 
 use super::{Device, Limits, next_id};
 use crate::error::Result;
+use crate::ops::Layout;
 use crate::program::{BufferId, Program, Slice};
 use std::sync::{Mutex, PoisonError};
 
@@ -39,6 +40,10 @@ impl Device for Rehearsal {
     }
 
     fn write_pieces(&self, _: Slice, _: &[&[u8]]) -> Result<()> {
+        Ok(())
+    }
+
+    fn write_laid_out(&self, _: Slice, _: &[&[u8]], _: Layout) -> Result<()> {
         Ok(())
     }
 

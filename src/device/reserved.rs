@@ -2,6 +2,7 @@
 
 use super::{Device, Limits, See};
 use crate::error::{Error, Result};
+use crate::ops::Layout;
 use crate::program::{BufferId, Program, Slice};
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -60,6 +61,10 @@ impl Device for Reserved {
 
     fn write_pieces(&self, to: Slice, pieces: &[&[u8]]) -> Result<()> {
         self.device.write_pieces(to, pieces)
+    }
+
+    fn write_laid_out(&self, to: Slice, pieces: &[&[u8]], layout: Layout) -> Result<()> {
+        self.device.write_laid_out(to, pieces, layout)
     }
 
     fn read(&self, from: Slice, bytes: &mut [u8]) -> Result<()> {

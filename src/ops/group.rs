@@ -63,7 +63,7 @@ impl Routing {
     pub(super) fn carried(self, tokens: u32, a: u32, e: u32) -> Carried {
         let tiles = Group { e, a, routes: self.routes() }.tiles(tokens);
         let (tile, rows) = match self.routes() {
-            1 => ("tile_1x2", 8),
+            1 => ("tile_1x4", 16),
             2 => ("tile_2x4", 32),
             _ => ("tile_4x2", 32),
         };

@@ -4,12 +4,12 @@ use super::group::Carried;
 use super::{Experts, Group, Input, InputFormat, Matrix, Op, Routing, Views, linear::MATRIX_TILE, weight::dot};
 use crate::format::Format;
 use crate::program::{Launch, Program, Slice};
-use crate::shader::{BIAS, E2M1, FOLD, INPUT, Kernel, LANES, ROUTE_TILES, ROUTES, TILE, WEIGHTS};
+use crate::shader::{BIAS, E2M1, EXPERT_TILE, FOLD, INPUT, Kernel, LANES, ROUTE_TILES, ROUTES, WEIGHTS};
 
 pub(crate) const KERNEL: Kernel = Kernel {
     name: "moe_down",
     source: include_str!("../../shaders/moe_down.wgsl"),
-    slots: &[WEIGHTS, E2M1, INPUT, BIAS, ROUTES, ROUTE_TILES, TILE, LANES, FOLD],
+    slots: &[WEIGHTS, E2M1, INPUT, BIAS, ROUTES, ROUTE_TILES, EXPERT_TILE, LANES, FOLD],
 };
 
 /// For many rows, by matrix units.

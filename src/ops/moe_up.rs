@@ -6,12 +6,12 @@ use super::{
 };
 use crate::format::Format;
 use crate::program::{Launch, Program, Slice};
-use crate::shader::{BIAS, E2M1, FOLD, GLU, INPUT, Kernel, LANES, ROUTE_TILES, TILE, UP_ROUTES, WEIGHTS};
+use crate::shader::{BIAS, E2M1, EXPERT_TILE, FOLD, GLU, INPUT, Kernel, LANES, ROUTE_TILES, UP_ROUTES, WEIGHTS};
 
 pub(crate) const KERNEL: Kernel = Kernel {
     name: "moe_up",
     source: include_str!("../../shaders/moe_up.wgsl"),
-    slots: &[WEIGHTS, E2M1, INPUT, BIAS, GLU, UP_ROUTES, ROUTE_TILES, TILE, LANES, FOLD],
+    slots: &[WEIGHTS, E2M1, INPUT, BIAS, GLU, UP_ROUTES, ROUTE_TILES, EXPERT_TILE, LANES, FOLD],
 };
 
 /// For many rows, by matrix units.

@@ -1,8 +1,9 @@
-//! Weight matrices on a device: the bytes as they lie on disk, in as many buffers as the binding limit asks for.
+//! Weight matrices on a device: the bytes of the checkpoint, in as many buffers as the binding limit asks for.
 
 use crate::device::{Buffer, Device};
 use crate::error::Result;
 use crate::format::Format;
+use crate::ops::Layout;
 use crate::program::{Launch, Slice};
 use std::sync::Arc;
 
@@ -109,23 +110,30 @@ impl Weight {
             let text = format!("{label}: {what} {least} bytes, but this adapter binds {limit} at most");
             return Err(crate::Error::Device(text));
         }
+        let fp4 = limits.laid_out && matches!(format, Format::Mxfp4 | Format::Nvfp4);
+        let code_layout = if fp4 { Layout::Codes } else { Layout::Stored };
+        let scale_layout = if fp4 { Layout::Scales(scale_bytes) } else { Layout::Stored };
         let (mut parts, mut buffers) = (Vec::new(), Vec::new());
         let mut first = 0;
         while first < units {
             let count = (step as u32).min(units - first);
-            let mut put = |what: &str, pieces: &[&[u8]], unit: usize| -> Result<Slice> {
+            let mut put = |what: &str, pieces: &[&[u8]], unit: usize, layout: Layout| -> Result<Slice> {
                 let range = first as usize * unit..(first + count) as usize * unit;
-                let buffer =
-                    Buffer::new(device, &format!("{label} {what}"), (range.len() as u64).next_multiple_of(16))?;
-                device.write_pieces(buffer.slice(), &cut(pieces, range))?;
+                let bytes = layout.bytes(range.len()).next_multiple_of(16);
+                let buffer = Buffer::new(device, &format!("{label} {what}"), bytes as u64)?;
+                device.write_laid_out(buffer.slice(), &cut(pieces, range), layout)?;
                 let slice = buffer.slice();
                 buffers.push(buffer);
                 Ok(slice)
             };
-            let codes = put("codes", bytes.codes, rows * code_bytes)?;
-            let scales = if scale_bytes > 0 { Some(put("scales", bytes.scales, rows * scale_bytes)?) } else { None };
+            let codes = put("codes", bytes.codes, rows * code_bytes, code_layout)?;
+            let scales = if scale_bytes > 0 {
+                Some(put("scales", bytes.scales, rows * scale_bytes, scale_layout)?)
+            } else {
+                None
+            };
             let row_scales = match format.has_row_scale() {
-                true => Some(put("row scales", &[bytemuck::cast_slice(bytes.row_scales)], rows * 4)?),
+                true => Some(put("row scales", &[bytemuck::cast_slice(bytes.row_scales)], rows * 4, Layout::Stored)?),
                 false => None,
             };
             parts.push(Part { first, count, codes, scales, row_scales });

@@ -199,7 +199,7 @@ fn grouped_routes_have_the_bits_of_single_ones() {
                     let what = format!("{format} T={t} E={e} A={a} second={second} {form:?}");
                     let case = |b: &mut Bench, routes| {
                         let (p, y) = moe_case(b, format, [t, e, a, n, k], Form { routes, ..form }, second, &all(t));
-                        assert_eq!(tile_of(&p), if routes == 1 { "tile_1x2" } else { tile }, "{what}");
+                        assert_eq!(tile_of(&p), if routes == 1 { "tile_1x4" } else { tile }, "{what}");
                         (p, y)
                     };
                     let twin = |routes| output_of(&cpu(), |b| case(b, routes));

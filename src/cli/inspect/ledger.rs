@@ -42,5 +42,6 @@ pub(super) fn limits(adapter: &AdapterFacts) -> Limits {
         max_grid: adapter.max_grid,
         max_storage_buffers: 8,
         matrix: false,
+        laid_out: true,
     }
 }

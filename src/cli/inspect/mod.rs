@@ -413,8 +413,13 @@ impl<W: Write> Report<'_, W> {
             activations: self.args.activations.activations(),
             scale_order: scale_order(self.args.swizzled_scales),
         };
-        let unlimited =
-            Limits { max_binding_bytes: u64::MAX, max_grid: u32::MAX, max_storage_buffers: 8, matrix: false };
+        let unlimited = Limits {
+            max_binding_bytes: u64::MAX,
+            max_grid: u32::MAX,
+            max_storage_buffers: 8,
+            matrix: false,
+            laid_out: false,
+        };
         plan.check(c).and_then(|()| Ledger::fill(self.checkpoint, c, &plan, unlimited)).map(|ledger| (plan, ledger))
     }
 

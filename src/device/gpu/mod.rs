@@ -14,6 +14,7 @@ pub use cache::PipelineCache;
 
 use super::{Device, Later, Limits, See, next_id};
 use crate::error::{Error, Result};
+use crate::ops::Layout;
 use crate::program::{BufferId, Program, Slice};
 use cache::Cache;
 use pipeline::{Compile, Pipelines};
@@ -137,6 +138,7 @@ impl Gpu {
             max_grid: facts.max_grid,
             max_storage_buffers: device.limits().max_storage_buffers_per_shader_stage,
             matrix,
+            laid_out: true,
         };
         let smallest = device.adapter_info().subgroup_min_size;
         let wide = smallest >= 32;
@@ -331,7 +333,7 @@ impl Device for Gpu {
     fn write(&self, to: Slice, bytes: &[u8]) -> Result<()> {
         debug_assert!(bytes.len().is_multiple_of(4) && bytes.len() as u64 <= to.bytes);
         if bytes.len() > upload::SMALL {
-            return self.upload(to, &[bytes]);
+            return self.upload(to, &[bytes], Layout::Stored);
         }
         let buffer = self.buffer(to.buffer);
         self.scoped("copying to the device", bytes.len() as u64, || {
@@ -348,7 +350,7 @@ impl Device for Gpu {
 
     fn write_pieces(&self, to: Slice, pieces: &[&[u8]]) -> Result<()> {
         if pieces.iter().map(|piece| piece.len()).sum::<usize>() > upload::SMALL {
-            return self.upload(to, pieces);
+            return self.upload(to, pieces, Layout::Stored);
         }
         if let [piece] = pieces
             && piece.len().is_multiple_of(4)
@@ -358,6 +360,20 @@ impl Device for Gpu {
         let mut bytes = pieces.concat();
         bytes.resize(bytes.len().next_multiple_of(4), 0);
         self.write(to, &bytes)
+    }
+
+    fn write_laid_out(&self, to: Slice, pieces: &[&[u8]], layout: Layout) -> Result<()> {
+        let bytes = pieces.iter().map(|piece| piece.len()).sum();
+        if layout == Layout::Stored {
+            return self.write_pieces(to, pieces);
+        }
+        // Words can be laid out while they are copied.
+        if layout == Layout::Codes && bytes > upload::SMALL && pieces.iter().all(|piece| piece.len() % 4 == 0) {
+            return self.upload(to, pieces, layout);
+        }
+        let mut out = vec![0; layout.bytes(bytes)];
+        layout.put(&pieces.concat(), &mut out);
+        self.write_pieces(to, &[&out])
     }
 
     fn read(&self, from: Slice, bytes: &mut [u8]) -> Result<()> {

@@ -6,6 +6,7 @@
 
 use super::{Gpu, PATIENCE};
 use crate::error::{Error, Result};
+use crate::ops::Layout;
 use crate::program::Slice;
 use std::sync::PoisonError;
 use std::sync::mpsc::{Receiver, channel};
@@ -38,8 +39,9 @@ struct Slot {
 }
 
 impl Gpu {
-    /// Copy pieces, one behind the other, to the head of a slice; zeros fill up the last word.
-    pub(super) fn upload(&self, to: Slice, pieces: &[&[u8]]) -> Result<()> {
+    /// Copy pieces, one behind the other, to the head of a slice; zeros fill up the last word. Codes are laid out on the way, in
+    /// pieces of whole words.
+    pub(super) fn upload(&self, to: Slice, pieces: &[&[u8]], layout: Layout) -> Result<()> {
         let starts: Vec<usize> = pieces
             .iter()
             .scan(0, |end, piece| {
@@ -63,7 +65,7 @@ impl Gpu {
             ring.next = (ring.next + 1) % SLOTS;
             self.free_again(slot)?;
             let padded = count.next_multiple_of(4) as u64;
-            if let Err(e) = fill(&slot.buffer, padded, from, pieces, &starts) {
+            if let Err(e) = fill(&slot.buffer, padded, from, (pieces, &starts), layout) {
                 self.probe()?;
                 return Err(e);
             }
@@ -114,7 +116,13 @@ impl Gpu {
 
 /// Fill the first `bytes` bytes of a mapped buffer with what stands from byte `from` on in the pieces, which begin at
 /// `starts`, and with zeros behind them; in several threads.
-fn fill(buffer: &wgpu::Buffer, bytes: u64, from: usize, pieces: &[&[u8]], starts: &[usize]) -> Result<()> {
+fn fill(
+    buffer: &wgpu::Buffer,
+    bytes: u64,
+    from: usize,
+    (pieces, starts): (&[&[u8]], &[usize]),
+    layout: Layout,
+) -> Result<()> {
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let threads = cores.min(THREADS).min(bytes as usize / SHARE).max(1) as u64;
     let share = bytes.div_ceil(threads).next_multiple_of(64);
@@ -125,8 +133,17 @@ fn fill(buffer: &wgpu::Buffer, bytes: u64, from: usize, pieces: &[&[u8]], starts
         while let Some(piece) = pieces.get(idx).filter(|_| !to.is_empty()) {
             let piece = &piece[at - starts[idx]..];
             let count = piece.len().min(to.len());
-            if let Some(mut head) = to.split_off(..count) {
-                head.copy_from_slice(&piece[..count]);
+            // A little at a time: staging memory may not be read.
+            let mut some = [0; 4096];
+            let step = if layout == Layout::Stored { count.max(1) } else { some.len() };
+            for piece in piece[..count].chunks(step) {
+                let Some(mut head) = to.split_off(..piece.len()) else { break };
+                if layout == Layout::Stored {
+                    head.copy_from_slice(piece);
+                } else {
+                    layout.put(piece, &mut some[..piece.len()]);
+                    head.copy_from_slice(&some[..piece.len()]);
+                }
             }
             at += count;
             idx += 1;

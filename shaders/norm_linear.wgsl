@@ -44,7 +44,6 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     n0 = group.x * ROWS;
     fetch(0u, 0u, lane); // on their way while the row is normalised
     normalise(lane, group.x == 0u);
-    let place = place_of(lane); // after what the norm waits for, before what the weights take
     multiply(lane);
-    put(lane, place);
+    put(lane);
 }

@@ -12,9 +12,8 @@
 const INPUT_UNIT = 1.0;
 
 var<private> scale_of_row: f32;
-// The lane's first sixteen of the sum, and of the gain: mostly all that it has.
+// The lane's first sixteen of the sum: mostly all that it has.
 var<private> own: array<vec4<f32>, 4>;
-var<private> own_gain: array<vec2<u32>, 4>;
 
 fn sum_at(q: u32) -> vec4<f32> {
     return x[q] + addend(0u, q, K / 4u);
@@ -22,20 +21,16 @@ fn sum_at(q: u32) -> vec4<f32> {
 
 // Quad q of the four from 4i on.
 fn normed(i: u32, q: u32) -> vec4<f32> {
+    let gain = g[i * 4u + q];
     var v = own[q];
-    var gain = own_gain[q];
     if i >= LANES * WARPS {
         v = sum_at(i * 4u + q);
-        gain = g[i * 4u + q];
     }
     return v * scale_of_row * bf16x4(gain.x, gain.y);
 }
 
 // Every lane must call it, before it asks for input.
 fn normalise(lane: u32, first: bool) {
-    for (var q = 0u; q < 4u; q++) {
-        own_gain[q] = g[min(lane, K / 16u - 1u) * 4u + q]; // on its way while the squares are added
-    }
     var share = 0.0;
     for (var i = lane; i < K / 16u; i += LANES * WARPS) {
         for (var q = 0u; q < 4u; q++) {

@@ -19,19 +19,11 @@ fn side_by_side() -> bool {
     return N % ROWS == 0u && DH / 2u % (ROWS / 2u) == 0u;
 }
 
-// Where the lane's first pairs go.
-fn place_of(lane: u32) -> Turn {
-    return turn_of(0u, min(n0 / 2u + lane * 2u, N / 2u - 2u) % (DH / 2u));
-}
-
-fn put(lane: u32, place: Turn) {
-    var turn = place;
+fn put(lane: u32) {
     for (var l = lane * 2u; l < ROWS / 2u; l += LANES * WARPS * 2u) {
         let pair = n0 / 2u + l;
         if pair < N / 2u {
-            if l > lane * 2u {
-                turn = turn_of(0u, pair % (DH / 2u));
-            }
+            let turn = turn_of(0u, pair % (DH / 2u));
             let a = vec2<f32>(product(l, 0u, 1.0), product(l + 1u, 0u, 1.0));
             let b = vec2<f32>(product(l + ROWS / 2u, 0u, 1.0), product(l + 1u + ROWS / 2u, 0u, 1.0));
             rotate(turn, 0u, pair / (DH / 2u), pair % (DH / 2u), a, b);

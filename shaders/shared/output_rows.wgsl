@@ -7,12 +7,7 @@ fn side_by_side() -> bool {
     return N % ROWS == 0u;
 }
 
-// Nothing but the row's end is needed to put it.
-fn place_of(lane: u32) -> u32 {
-    return 0u;
-}
-
-fn put(lane: u32, place: u32) {
+fn put(lane: u32) {
     for (var l = lane; l < ROWS && n0 + l < N; l += LANES * WARPS) {
         y[n0 + l] = product(l, 0u, 1.0);
     }

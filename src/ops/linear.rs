@@ -112,7 +112,7 @@ impl Program {
                 (2, ..512) => ("tile_2x4", 2, 4),
                 (2, _) => ("tile_2x4", 2, 16),
                 (_, ..512) => ("tile_4x2", 4, 4),
-                (..16, _) => ("tile_4x2", 4, 16),
+                (..=8, ..4096) => ("tile_2x4", 2, 32),
                 _ => ("tile_4x2", 4, 32),
             };
             let (input, first) = (x.format(), first + part.first);

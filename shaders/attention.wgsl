@@ -18,7 +18,7 @@
 //
 // Keys come in tiles of 128 counted from the first visible one, so the order of every sum follows from the position
 // alone. Each lane scores one key of the tile, for four heads at once: the components of a vec4 (those past HEADS are
-// zeros, and nobody reads what comes of them). Then teams of DH/4 lanes take a share of the tile each, and a lane four of the DH outputs of
+// zeros, and nobody reads what comes of them). Then teams of DH/4 lanes take keys by turns, and a lane four of the DH outputs of
 // every head; the teams' sums meet at the end, in order. Whatever is found by looking at all keys is found for one head by
 // each lane, keys apart by 32.
 #import row
@@ -33,6 +33,8 @@ override DH: u32;
 override WINDOW: u32;
 override HEADS: u32;
 override FIRST: u32;
+// Quads of a key, or keys, that are sent for at once.
+const BATCH = 8u;
 @group(0) @binding(0) var<storage, read> rows: array<Row>;
 @group(0) @binding(1) var<storage, read> qkv: array<f32>;
 
@@ -66,19 +68,23 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     var place = place_of(row.sequence, min(first + lane, last - 1u), kv_head);
     // Bounds that the compiler does not know keep the code short: it runs once, and has to be fetched first.
     let few = 4u + row.pad;
-    for (var d = lane; d < (quads + 3u) / 4u * 4u * few; d += KEYS) { // zeros behind, to whole batches
-        for (var h = 0u; h < few; h++) {
-            var q = 0.0;
-            if h < HEADS && d < DH {
-                q = qkv[(t * (H + 2u * HK) + head + h) * DH + d];
+    let elements = (quads + BATCH - 1u) / BATCH * BATCH * few; // zeros behind the last, to whole batches
+    for (var n = lane; n < elements * 4u; n += KEYS * 4u) {
+        var qs: array<f32, 4>;
+        for (var m = 0u; m < 4u; m++) {
+            let d = min((n + m * KEYS) / 4u, DH - 1u);
+            qs[m] = qkv[(t * (H + 2u * HK) + head + min(n % 4u, HEADS - 1u)) * DH + d];
+        }
+        for (var m = 0u; m < 4u; m++) {
+            let d = (n + m * KEYS) / 4u;
+            if d < elements {
+                query[d][n % 4u] = select(0.0, qs[m], n % 4u < HEADS && d < DH);
             }
-            query[d][h] = q;
         }
     }
     let team = lane / quads;
     let teams = KEYS / quads;
     let quad = lane % quads;
-    let each = (KEYS + teams - 1u) / teams;
     let h = lane % 4u;
     let s = lane / 4u;
     if lane < 4u {
@@ -92,12 +98,12 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     for (var tile = first; tile < last; tile += KEYS) {
         workgroupBarrier(); // the queries are there, or all lanes are done with the tile before
         var dots = vec4<f32>(0.0);
-        for (var i = 0u; i < quads * few / 4u; i += 4u) {
-            var ks: array<vec4<f32>, 4>;
-            for (var m = 0u; m < 4u; m++) {
+        for (var i = 0u; i < quads * few / 4u; i += BATCH) {
+            var ks: array<vec4<f32>, BATCH>;
+            for (var m = 0u; m < BATCH; m++) {
                 ks[m] = key4(place + min(i + m, quads - 1u));
             }
-            for (var m = 0u; m < 4u; m++) {
+            for (var m = 0u; m < BATCH; m++) {
                 let key = ks[m];
                 let d = (i + m) * 4u;
                 dots = fma(query[d], vec4<f32>(key.x), dots);
@@ -120,8 +126,10 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         if lane < 4u {
             let old = top[lane];
             most = old;
-            for (var i = 0u; i < 8u * few; i++) {
-                most = max(most, found[i][lane]);
+            for (var i = 0u; i < 8u * few; i += 8u) {
+                for (var m = 0u; m < 8u; m++) {
+                    most = max(most, found[i + m][lane]);
+                }
             }
             top[lane] = most;
             shrink[lane] = exp_f32(old - most);
@@ -138,8 +146,10 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         workgroupBarrier(); // all weights and the sums of all shares are there
         if lane < 4u {
             part = total[lane] * shrink[lane];
-            for (var i = 0u; i < 8u * few; i++) {
-                part += found[i][lane];
+            for (var i = 0u; i < 8u * few; i += 8u) {
+                for (var m = 0u; m < 8u; m++) {
+                    part += found[i + m][lane];
+                }
             }
             total[lane] = part;
         }
@@ -148,14 +158,15 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         sum1 *= less.y;
         sum2 *= less.z;
         sum3 *= less.w;
-        for (var n = 0u; n < each * few / 4u; n += 4u) {
-            var vs: array<vec4<f32>, 4>;
-            for (var m = 0u; m < 4u; m++) {
-                vs[m] = value4(places[min(team * each + n + m, KEYS - 1u)] + quad);
+        // Those that weigh nothing are left out.
+        for (var n = team; n < min(KEYS, last - tile) * few / 4u; n += BATCH * teams) {
+            var vs: array<vec4<f32>, BATCH>;
+            for (var m = 0u; m < BATCH; m++) {
+                vs[m] = value4(places[min(n + m * teams, KEYS - 1u)] + quad);
             }
-            for (var m = 0u; m < 4u; m++) {
-                let i = team * each + n + m;
-                let w = select(vec4<f32>(0.0), weights[min(i, KEYS - 1u)], team < teams && n + m < each && i < KEYS);
+            for (var m = 0u; m < BATCH; m++) {
+                let i = n + m * teams;
+                let w = select(vec4<f32>(0.0), weights[min(i, KEYS - 1u)], team < teams && i < KEYS);
                 sum0 = fma(vec4<f32>(w.x), vs[m], sum0);
                 sum1 = fma(vec4<f32>(w.y), vs[m], sum1);
                 sum2 = fma(vec4<f32>(w.z), vs[m], sum2);

@@ -28,17 +28,34 @@ override D: u32;
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) lane: u32) {
     let row = group.x * (D / 4u);
     var share = 0.0;
+    // The last four that the lane has: mostly the only ones.
+    var own: array<vec4<f32>, 4>;
     for (var i = lane * 4u; i < D / 4u; i += LANES * WARPS * 4u) {
-        for (var q = i; q < min(i + 4u, D / 4u); q++) {
-            let v = x[row + q] + addend(group.x, q, D / 4u);
-            sum[row + q] = v;
-            share = squares(v, share);
+        for (var q = 0u; q < 4u; q++) {
+            let at = min(i + q, D / 4u - 1u);
+            own[q] = x[row + at] + addend(group.x, at, D / 4u);
+        }
+        for (var q = 0u; q < 4u; q++) {
+            if i + q < D / 4u {
+                sum[row + i + q] = own[q];
+                share = squares(own[q], share);
+            }
         }
     }
     let scale = inverse_rms(share, D, lane);
     for (var i = lane * 4u; i < D / 4u; i += LANES * WARPS * 4u) {
-        for (var q = i; q < min(i + 4u, D / 4u); q++) {
-            h[row + q] = sum[row + q] * scale * bf16x4(g[q].x, g[q].y); // a lane reads what it wrote itself
+        var gains: array<vec2<u32>, 4>;
+        for (var q = 0u; q < 4u; q++) {
+            gains[q] = g[min(i + q, D / 4u - 1u)];
+        }
+        for (var q = 0u; q < 4u; q++) {
+            if i + q < D / 4u {
+                var v = own[q];
+                if i + LANES * WARPS * 4u < D / 4u {
+                    v = sum[row + i + q]; // which this lane wrote
+                }
+                h[row + i + q] = v * scale * bf16x4(gains[q].x, gains[q].y);
+            }
         }
     }
 }

@@ -10,7 +10,8 @@
 // requires  E <= 1024, every expert below E
 // twin      src/ops/group.rs
 //
-// A lane looks for four experts in a span of the routes: for all experts there are as many spans as lanes allow. It counts
+// A lane looks for four experts in a span of the routes: for all experts there are as many spans as lanes allow, and no more
+// than there are fours of routes. It counts
 // its routes, and when every lane has, it looks at them again and places them.
 #import step
 #import tiles
@@ -26,7 +27,7 @@ var<workgroup> totals: array<u32, 1024>; // [E]
 var<workgroup> firsts: array<u32, 1024>; // [E]: each expert's first tile
 
 fn spans() -> u32 {
-    return WG / ((E + EXPERTS - 1u) / EXPERTS);
+    return min(WG / ((E + EXPERTS - 1u) / EXPERTS), (step.tokens * A + 3u) / 4u);
 }
 
 fn tiles_for(routes: u32) -> u32 {

@@ -38,19 +38,21 @@ const BATCH = 8u;
 @group(0) @binding(0) var<storage, read> rows: array<Row>;
 @group(0) @binding(1) var<storage, read> qkv: array<f32>;
 
-// Each a vec4 over the heads: element d of the queries; the scores, then weights, of the tile's keys; what 32 shares found;
-// the largest score so far, the sum of weights so far, and by how much the last tile shrank it.
+// Each a vec4 over the heads: element d of the queries; the scores of the tile's keys.
 var<workgroup> query: array<vec4<f32>, 256>;
-var<workgroup> weights: array<vec4<f32>, KEYS>;
-var<workgroup> found: array<vec4<f32>, 32>;
+var<workgroup> scores: array<vec4<f32>, KEYS>;
+// What several lanes write for one key or share, head by head: the weights of the tile's keys; what 32 shares found.
+var<workgroup> weights: array<f32, KEYS * 4u>;
+var<workgroup> found: array<f32, 32u * 4u>;
 // Where the keys of the tile stand in the cache.
 var<workgroup> places: array<u32, KEYS>;
 // The teams' sums, of one head after the other.
 var<workgroup> meeting: array<array<vec4<f32>, KEYS>, 4>;
 
-var<workgroup> top: vec4<f32>;
-var<workgroup> total: vec4<f32>;
-var<workgroup> shrink: vec4<f32>;
+// By head: the largest score so far, the sum of weights so far, and by how much the last tile shrank it.
+var<workgroup> top: array<f32, 4>;
+var<workgroup> total: array<f32, 4>;
+var<workgroup> shrink: array<f32, 4>;
 
 @compute @workgroup_size(KEYS)
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) lane: u32) {
@@ -69,18 +71,13 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     // Bounds that the compiler does not know keep the code short: it runs once, and has to be fetched first.
     let few = 4u + row.pad;
     let elements = (quads + BATCH - 1u) / BATCH * BATCH * few; // zeros behind the last, to whole batches
-    for (var n = lane; n < elements * 4u; n += KEYS * 4u) {
-        var qs: array<f32, 4>;
-        for (var m = 0u; m < 4u; m++) {
-            let d = min((n + m * KEYS) / 4u, DH - 1u);
-            qs[m] = qkv[(t * (H + 2u * HK) + head + min(n % 4u, HEADS - 1u)) * DH + d];
+    for (var d = lane; d < elements; d += KEYS) {
+        var q = vec4<f32>(0.0);
+        for (var h = 0u; h < 4u; h++) {
+            let found = qkv[(t * (H + 2u * HK) + head + min(h, HEADS - 1u)) * DH + min(d, DH - 1u)];
+            q[h] = select(0.0, found, h < HEADS && d < DH);
         }
-        for (var m = 0u; m < 4u; m++) {
-            let d = (n + m * KEYS) / 4u;
-            if d < elements {
-                query[d][n % 4u] = select(0.0, qs[m], n % 4u < HEADS && d < DH);
-            }
-        }
+        query[d] = q;
     }
     let team = lane / quads;
     let teams = KEYS / quads;
@@ -115,20 +112,20 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         // Keys past the end weigh e^-inf = 0.
         places[lane] = place;
         place = place_of(row.sequence, min(tile + KEYS + lane, last - 1u), kv_head);
-        weights[lane] = select(vec4<f32>(-3.0e38), dots / sqrt(f32(DH)), tile + lane < last);
+        scores[lane] = select(vec4<f32>(-3.0e38), dots / sqrt(f32(DH)), tile + lane < last);
         workgroupBarrier(); // all scores of the tile are there
         var most = -3.0e38;
         for (var i = s; i < KEYS; i += 8u * few) {
-            most = max(most, weights[i][h]);
+            most = max(most, scores[i][h]);
         }
-        found[s][h] = most;
+        found[s * 4u + h] = most;
         workgroupBarrier(); // the largest of all shares are there
         if lane < 4u {
             let old = top[lane];
             most = old;
             for (var i = 0u; i < 8u * few; i += 8u) {
                 for (var m = 0u; m < 8u; m++) {
-                    most = max(most, found[i + m][lane]);
+                    most = max(most, found[(i + m) * 4u + lane]);
                 }
             }
             top[lane] = most;
@@ -138,26 +135,25 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         most = top[h];
         var part = 0.0;
         for (var i = s; i < KEYS; i += 8u * few) {
-            let w = exp_f32(weights[i][h] - most);
-            weights[i][h] = w;
+            let w = exp_f32(scores[i][h] - most);
+            weights[i * 4u + h] = w;
             part += w;
         }
-        found[s][h] = part;
+        found[s * 4u + h] = part;
         workgroupBarrier(); // all weights and the sums of all shares are there
         if lane < 4u {
             part = total[lane] * shrink[lane];
             for (var i = 0u; i < 8u * few; i += 8u) {
                 for (var m = 0u; m < 8u; m++) {
-                    part += found[i + m][lane];
+                    part += found[(i + m) * 4u + lane];
                 }
             }
             total[lane] = part;
         }
-        let less = shrink;
-        sum0 *= less.x;
-        sum1 *= less.y;
-        sum2 *= less.z;
-        sum3 *= less.w;
+        sum0 *= shrink[0];
+        sum1 *= shrink[1];
+        sum2 *= shrink[2];
+        sum3 *= shrink[3];
         // Those that weigh nothing are left out.
         for (var n = team; n < min(KEYS, last - tile) * few / 4u; n += BATCH * teams) {
             var vs: array<vec4<f32>, BATCH>;
@@ -166,7 +162,9 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
             }
             for (var m = 0u; m < BATCH; m++) {
                 let i = n + m * teams;
-                let w = select(vec4<f32>(0.0), weights[min(i, KEYS - 1u)], team < teams && i < KEYS);
+                let at = min(i, KEYS - 1u) * 4u;
+                let heads = vec4<f32>(weights[at], weights[at + 1u], weights[at + 2u], weights[at + 3u]);
+                let w = select(vec4<f32>(0.0), heads, team < teams && i < KEYS);
                 sum0 = fma(vec4<f32>(w.x), vs[m], sum0);
                 sum1 = fma(vec4<f32>(w.y), vs[m], sum1);
                 sum2 = fma(vec4<f32>(w.z), vs[m], sum2);

@@ -13,7 +13,7 @@
 //           experts, weights   [T, A]           where they are chosen here: what router writes
 // override  E, A, ALL where they are chosen here; K, F, SHARE, FIRST, COUNT, STRIDE, UP, ROWS          gate and up rows interleaved: 2, 1; in halves: 1, F
 // slots     weights, e2m1, input, bias, glu, routes, tiles, tile, lanes, fold
-// requires  K a multiple of 16; ROWS even
+// requires  K a multiple of 16; ROWS even, and of BATCH
 // twin      src/ops/moe_up.rs
 #import products
 #import glu

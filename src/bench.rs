@@ -152,9 +152,16 @@ pub fn decode_batch(engine: &Engine, sequences: usize, depth: usize, warm: usize
 }
 
 /// As [`decode_batch`], without a scheduler's work on the host: one program that feeds itself is submitted over and over, as
-/// far ahead as the device likes, its tokens are read, and nobody looks at them. The cache of a sequence lies in one piece.
+/// far ahead as the device likes, its tokens are read, and nobody looks at them. The cache of a sequence lies in one page, or in few.
+///
+/// # Errors
+/// Where so many steps are more than such a page has positions: nobody gives pages back that no window looks back to.
 pub fn decode_plain(engine: &Engine, sequences: usize, depth: usize, warm: usize, count: usize) -> Result<Decode> {
     let steps = warm + count;
+    if steps > LARGE_PAGE {
+        let reason = format!("plain steps are {} at most: fewer, or no --plain", LARGE_PAGE - warm);
+        return Err(Error::option("tokens", reason));
+    }
     let (mut scheduler, _requests) = filled(engine, sequences, depth, steps + 1, Paged::InOne)?;
     let program = scheduler.begin(steps)?;
     let (device, bytes) = (engine.device(), bytes_of_step(&[&program], depth as u64));
@@ -322,6 +329,9 @@ pub fn profile(engine: &Engine, depth: usize, rows: usize, rounds: usize) -> Res
 }
 
 /// How the cache of a session lies.
+/// Positions of a page that is as large as a sequence.
+const LARGE_PAGE: usize = 1024;
+
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Paged {
     AsUsual,
@@ -341,7 +351,7 @@ fn filled(
     // No more of the cache than is used: many sessions with the engine's whole context would not fit.
     let context = depth.max(1) + more;
     let usual = SchedulerOptions { sessions, context: Some(context), ..SchedulerOptions::default() };
-    let page = if paged == Paged::InOne { context.min(1024) } else { usual.page };
+    let page = if paged == Paged::InOne { context.min(LARGE_PAGE) } else { usual.page };
     let mut scheduler = engine.scheduler(&SchedulerOptions { page, ..usual })?;
     let options = ReplyOptions {
         sampling: Sampling::greedy(),

@@ -55,7 +55,7 @@ pub(crate) const REDUCE: Slot = Slot { name: "reduce", fillings: &["reduce_subgr
 pub(crate) const FOLD: Slot = Slot { name: "fold", fillings: &["fold_subgroup", "fold_shared"] };
 /// Rows of inputs of a workgroup, and rows of weights that pass at a time.
 pub(crate) const TILE: Slot = Slot { name: "tile", fillings: &["tile_1x2", "tile_2x4", "tile_4x2"] };
-/// The same of experts, whose rows are cheap to read and dear to decode.
+/// The same of experts, whose codes take longer to decode than to read.
 pub(crate) const EXPERT_TILE: Slot = Slot { name: "tile", fillings: &["tile_1x4", "tile_2x4", "tile_4x2"] };
 /// The same for one row.
 pub(crate) const ROW_TILE: Slot = Slot { name: "tile", fillings: &["tile_1x2"] };

@@ -54,7 +54,7 @@ fn runs(variable: &str, count: usize) -> Vec<(Named, Size)> {
     let Size { model, draft, .. } = little(count);
     let (model, draft) = (named("FOURFOLD_TEST_MODEL", model), named("FOURFOLD_TEST_DRAFT", draft));
     let size = Size { model, draft, count, tokens: 64, sessions: 64, share: 3, threads };
-    vec![(gpu().unwrap_or(("twins", cpu())), size)]
+    vec![(gpu().expect("a certificate needs a GPU"), size)]
 }
 
 fn engine(dir: &Path, device: &Arc<dyn Device>) -> Engine {

@@ -141,6 +141,17 @@ fn linear() {
     }
 }
 
+#[test]
+fn linear_whose_rows_fill_their_workgroups() {
+    for format in [Format::Bf16, Format::Mxfp4, Format::Nvfp4] {
+        // Of 8, of 4, of 32 in tiles of two and of four tokens.
+        for (t, n, k) in [(1, 512, 96), (2, 64, 96), (2, 512, 64), (5, 544, 64), (17, 544, 64)] {
+            let what = format!("linear {format} T={t} N={n} K={k}");
+            check(&what, sum_tolerance(k), |b| linear_case(b, format, [t, n, k], true, 0..t));
+        }
+    }
+}
+
 fn linear_case(
     b: &mut Bench,
     format: Format,

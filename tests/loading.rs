@@ -7,6 +7,7 @@ use fourfold::config::Config;
 use fourfold::device::gpu::{Options, PipelineCache};
 use fourfold::device::{Buffer, Device, Limits, cpu::Cpu};
 use fourfold::model::{Model, Plan};
+use fourfold::ops::Layout;
 use fourfold::program::{BufferId, Program, Slice};
 use fourfold::{Activations, CacheFormat, DeviceChoice, Engine, Error, Gpu, HostStages, Result, Want};
 use std::path::PathBuf;
@@ -25,6 +26,33 @@ fn bytes(seed: u64, n: usize) -> Vec<u8> {
     let mut bytes: Vec<u8> = (0..n.div_ceil(8)).flat_map(|_| random.next().to_le_bytes()).collect();
     bytes.truncate(n);
     bytes
+}
+
+#[test]
+fn codes_and_scales_are_laid_out_on_their_way() {
+    let Some((_, device)) = gpus().first() else { return };
+    for (total, row) in [(4096usize, 5), ((5 << 20) + 4, 90), ((100 << 20) + 8, 11)] {
+        let all = bytes(total as u64, total);
+        let mut random = Random(9);
+        let mut pieces: Vec<&[u8]> = Vec::new();
+        let mut rest = &all[..];
+        while !rest.is_empty() {
+            // Whole words, shorter and longer than what is laid out at once.
+            let count = [4, 12, 4092, 4100, total / 3 / 4 * 4][random.below(5)].min(rest.len());
+            let (piece, others) = rest.split_at(count);
+            pieces.push(piece);
+            rest = others;
+        }
+        let rows = total / row;
+        let scales = [&all[..rows * row]];
+        for (pieces, layout) in [(&pieces[..], Layout::Codes), (&scales[..], Layout::Scales(row))] {
+            let mut want = vec![0; layout.bytes(pieces.iter().map(|piece| piece.len()).sum())];
+            layout.put(&pieces.concat(), &mut want);
+            let buffer = Buffer::new(device, "target", want.len() as u64).unwrap();
+            device.write_laid_out(buffer.slice(), pieces, layout).unwrap();
+            assert!(read(device, buffer.slice())[..want.len()] == want, "{total} bytes, {layout:?}");
+        }
+    }
 }
 
 #[test]

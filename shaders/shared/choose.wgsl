@@ -12,8 +12,9 @@ fn choose(t: u32, lane: u32, lanes: u32) {
     if lane < 16u {
         chosen[lane] = 0u; // NaN scores have no rank: they must still name an expert that exists
     }
-    for (var e = lane; e < (E + 3u) / 4u * 4u; e += lanes) {
-        held[e / 4u][e % 4u] = score(t * E + min(e, E - 1u)); // those past the end do not count
+    for (var q = lane; q < (E + 3u) / 4u; q += lanes) { // those past the end do not count
+        let e = min(vec4<u32>(q * 4u) + vec4<u32>(0u, 1u, 2u, 3u), vec4<u32>(E - 1u));
+        held[q] = vec4<f32>(score(t * E + e.x), score(t * E + e.y), score(t * E + e.z), score(t * E + e.w));
     }
     workgroupBarrier(); // `chosen` is clear, and all scores are here
     // An expert's rank is the number of experts before it; the ranks are distinct, so no two lanes write one place.

@@ -16,7 +16,7 @@ fn gain_word(head: u32, i: u32) -> u32 {
     return k_gain[i / 2u];
 }
 
-// What the head at `at` is multiplied by. Every lane of a workgroup of LANES must call it.
+// What the head at `at` is multiplied by; found for value heads, too, since every lane of a workgroup of LANES must call it.
 fn scale_of_head(head: u32, at: u32, lane: u32) -> f32 {
     var share = 0.0;
     for (var i = lane * 2u; i < DH / 2u; i += LANES * 2u) {

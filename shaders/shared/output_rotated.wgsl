@@ -16,7 +16,7 @@ fn put_query(at: u32, lo: vec2<f32>, hi: vec2<f32>) {
 }
 
 fn side_by_side() -> bool {
-    return N % ROWS == 0u && DH / 2u % (ROWS / 2u) == 0u;
+    return N % ROWS == 0u && DH / 2u % (ROWS / 2u) == 0u && ROWS / 2u % BATCH == 0u;
 }
 
 fn put(lane: u32) {

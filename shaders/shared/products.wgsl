@@ -55,10 +55,7 @@ fn scale_of(scales: array<u32, BATCH>, b: u32) -> u32 {
 fn multiply(lane: u32) {
     let warp = lane / LANES;
     let slot = folded(lane) * WARPS + warp;
-    var end = vec2<f32>(0.0);
-    if lane < ROWS {
-        end = end_at(lane); // sent for here, so that nobody waits for it at the end
-    }
+    var end = end_at(min(lane, ROWS - 1u)); // sent for here, so that nobody waits for it at the end
     for (var start = 0u; start < K / 16u; start += LANES * WARPS) {
         let there = start + lane < K / 16u;
         let i = min(start + lane, K / 16u - 1u);

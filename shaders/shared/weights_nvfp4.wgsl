@@ -1,5 +1,5 @@
 // Fills slot `weights`: an NVFP4 matrix [rows, K], as `src/ops/layout.rs` lays it out. Blocks of 16 along K: 8 bytes of
-// E2M1 codes, one E4M3 scale byte apart, and the tensor's f32 for each row.
+// E2M1 codes, one E4M3 scale byte apart (a word has those of four rows), and the tensor's f32 for each row.
 #import e2m1
 #import e4m3
 #import sixteen

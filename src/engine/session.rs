@@ -8,7 +8,7 @@ use crate::model::State;
 use crate::ops::{Activations, Row, STATS_WORDS, Step};
 use crate::program::{Program, Slice, Stage};
 use crate::reply::{Reply, ReplyOptions};
-use crate::speculate::Speculation;
+use crate::speculate::{MOST, Speculation};
 use crate::tokenizer::TokenId;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -173,6 +173,13 @@ impl Session {
             return Err(Error::option("draft", reason));
         }
         self.speculation = speculation.filter(|_| self.max_picks() > 1);
+        if self.speculation.is_some() {
+            // Steps over drafts have kernels of their own: ready now, no reply waits for them.
+            let device = self.engine.device().clone();
+            for rows in 2..=self.max_picks().min(1 + MOST) as u32 {
+                device.prepare(self.decode_program(rows, 1))?;
+            }
+        }
         Ok(())
     }
 

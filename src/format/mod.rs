@@ -92,6 +92,14 @@ impl Format {
         }
     }
 
+    /// Whether elements are E2M1 codes in blocks with a scale of one byte.
+    pub const fn is_fp4(self) -> bool {
+        match self {
+            Self::Mxfp4 | Self::Nvfp4 => true,
+            Self::F32 | Self::Bf16 | Self::Fp8 | Self::Fp8Blocks => false,
+        }
+    }
+
     /// Whether each row has an f32 of its own: NVFP4's tensor scale, or FP8's.
     pub const fn has_row_scale(self) -> bool {
         matches!(self, Self::Fp8 | Self::Nvfp4)

@@ -14,20 +14,11 @@ pub enum Layout {
 
 /// Where the bits of the eight codes of a word go. Codes j and j + 4 share a place in the halves of the word; code j, `s ee m`:
 /// s to bit 15, ee m to bits 11..9 (j = 0), the same 8 bits lower (1), s to 8 and ee m to 14..12 (2), s to 0 and ee m to 6..4 (3).
-pub fn laid_out(w: u32) -> u32 {
+fn laid_out(w: u32) -> u32 {
     let first = (w & 0x0008_0008) << 12 | (w & 0x0007_0007) << 9;
     let second = w & 0x0080_0080 | (w & 0x0070_0070) >> 3;
     let third = (w & 0x0800_0800) >> 3 | (w & 0x0700_0700) << 4;
     let fourth = (w & 0x8000_8000) >> 15 | (w & 0x7000_7000) >> 8;
-    first | second | third | fourth
-}
-
-/// What [`laid_out`] was made of.
-pub fn as_stored(w: u32) -> u32 {
-    let first = (w & 0x8000_8000) >> 12 | (w & 0x0e00_0e00) >> 9;
-    let second = w & 0x0080_0080 | (w & 0x000e_000e) << 3;
-    let third = (w & 0x0100_0100) << 3 | (w & 0x7000_7000) >> 4;
-    let fourth = (w & 0x0001_0001) << 15 | (w & 0x0070_0070) << 8;
     first | second | third | fourth
 }
 
@@ -70,6 +61,15 @@ impl Layout {
 mod tests {
     use super::*;
 
+    /// What [`laid_out`] was made of.
+    fn as_stored(w: u32) -> u32 {
+        let first = (w & 0x8000_8000) >> 12 | (w & 0x0e00_0e00) >> 9;
+        let second = w & 0x0080_0080 | (w & 0x000e_000e) << 3;
+        let third = (w & 0x0100_0100) << 3 | (w & 0x7000_7000) >> 4;
+        let fourth = (w & 0x0001_0001) << 15 | (w & 0x0070_0070) << 8;
+        first | second | third | fourth
+    }
+
     #[test]
     fn every_bit_of_a_word_has_a_place_of_its_own() {
         let places: Vec<u32> = (0..32).map(|bit| laid_out(1 << bit)).collect();
@@ -92,5 +92,19 @@ mod tests {
         let mut out = vec![9; layout.bytes(scales.len())];
         layout.put(&scales, &mut out);
         assert_eq!(out, [1, 4, 7, 10, 2, 5, 8, 11, 3, 6, 9, 12, 13, 16, 0, 0, 14, 17, 0, 0, 15, 18, 0, 0]);
+    }
+
+    #[test]
+    fn every_scale_is_found_again() {
+        for (rows, row) in (1..10).flat_map(|rows| [1, 6, 90].map(|row| (rows, row))) {
+            let scales: Vec<u8> = (0..rows * row).map(|i| (i % 251 + 1) as u8).collect();
+            let layout = Layout::Scales(row);
+            let mut out = vec![9; layout.bytes(scales.len())];
+            layout.put(&scales, &mut out);
+            let at = |r: usize, i: usize| (r / 4 * row + i) * 4 + r % 4;
+            let found = (0..rows).flat_map(|r| (0..row).map(move |i| at(r, i))).map(|at| out[at]);
+            assert!(found.eq(scales.iter().copied()), "{rows} rows of {row}");
+            assert_eq!(out.iter().filter(|byte| **byte == 0).count(), out.len() - scales.len(), "zeros behind");
+        }
     }
 }

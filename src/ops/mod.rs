@@ -43,7 +43,7 @@ pub use glu::{Gate, Glu};
 pub use group::{Group, Routing};
 pub use head_norm::HeadNorm;
 pub use input::{Input, InputFormat, decode_staged, staged_words};
-pub use layout::{Layout, as_stored, laid_out};
+pub use layout::Layout;
 pub use linear::{Linear, Piece, Projection};
 pub use moe_down::MoeDown;
 pub use moe_scatter::MoeScatter;

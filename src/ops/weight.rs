@@ -110,7 +110,7 @@ impl Weight {
             let text = format!("{label}: {what} {least} bytes, but this adapter binds {limit} at most");
             return Err(crate::Error::Device(text));
         }
-        let fp4 = limits.laid_out && matches!(format, Format::Mxfp4 | Format::Nvfp4);
+        let fp4 = limits.laid_out && format.is_fp4();
         let code_layout = if fp4 { Layout::Codes } else { Layout::Stored };
         let scale_layout = if fp4 { Layout::Scales(scale_bytes) } else { Layout::Stored };
         let (mut parts, mut buffers) = (Vec::new(), Vec::new());

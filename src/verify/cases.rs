@@ -211,7 +211,8 @@ fn add_norm(a: usize) -> Case {
 /// What a decode step does with one row in one launch, and with several in two or three: after a row or the weighted sum of
 /// `a` routes; rotated into a cache.
 fn norm_linear(format: Format, a: usize, bias: bool, cache: Option<CacheFormat>) -> Case {
-    let ([h, hk, dh], d) = ([3, 1, 20], columns(format, 352));
+    // Heads of FP4 fill their workgroups, the others end within one.
+    let ([h, hk, dh], d) = ([3, 1, if format.is_fp4() { 16 } else { 20 }], columns(format, 352));
     let n = (h + 2 * hk) * dh;
     let what =
         format!("{format} N={n} K={d}, {a} routes, {}", cache.map_or("a row".into(), |c| format!("{c:?} cache")));
@@ -408,6 +409,8 @@ fn linear() -> Vec<Case> {
     all.push(linear_case(Format::Nvfp4, [531, 352], true, true));
     all.push(linear_case(Format::Bf16, [9, 96], false, false));
     all.push(linear_case(Format::Mxfp4, [17, 2880], false, true));
+    // Rows that fill their workgroups.
+    all.extend([Format::Mxfp4, Format::Nvfp4].map(|format| linear_case(format, [544, 352], false, true)));
     all
 }
 
@@ -542,7 +545,14 @@ fn moe(second: bool) -> Vec<Case> {
 
 fn moe_case(form: Form) -> Case {
     let (e, a, format) = (6, 3, form.format);
-    let (n, k) = (if form.second { 35 } else { 13 }, columns(format, 352));
+    // FP4 fills its workgroups, the others end within one.
+    let n = match (format.is_fp4() && !form.staged, form.second) {
+        (false, false) => 13,
+        (false, true) => 35,
+        (true, false) => 16,
+        (true, true) => 64,
+    };
+    let k = columns(format, 352);
     let tolerance = match (form.routing, form.staged) {
         (How::Matrix, _) => BY_MATRIX,
         (_, true) => 2e-5,

@@ -438,7 +438,7 @@ impl<W: Write> Report<'_, W> {
         let (weights, rest) = (needs.weight_bytes(), needs.tables + needs.activations);
         let total = weights + needs.cache + rest;
         self.facts(&[
-            ("weights", format!("{} on the device, as they lie on disk", bytes(weights))),
+            ("weights", format!("{} on the device, not converted", bytes(weights))),
             ("KV cache", format!("{} for {context} tokens in {}", bytes(needs.cache), kv_name(self.args.kv))),
             ("the rest", format!("{} for activations of {chunk} tokens at once, and tables", bytes(rest))),
             ("together", format!("{} for one conversation", bytes(total))),

@@ -123,6 +123,7 @@ fn fill(
     (pieces, starts): (&[&[u8]], &[usize]),
     layout: Layout,
 ) -> Result<()> {
+    debug_assert!(!matches!(layout, Layout::Scales(_)), "scales do not stay in their words");
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
     let threads = cores.min(THREADS).min(bytes as usize / SHARE).max(1) as u64;
     let share = bytes.div_ceil(threads).next_multiple_of(64);

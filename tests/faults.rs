@@ -9,7 +9,7 @@ use crate::families::fixture;
 use crate::harness::{cpu, gpu};
 use fourfold::device::{Buffer, Device};
 use fourfold::format::{e4m3, nvfp4};
-use fourfold::ops::{ActScale, Gate, Op, Routes, StageActivation, Staging, staged_words};
+use fourfold::ops::{ActScale, Gate, Layout, Op, Routes, StageActivation, Staging, staged_words};
 use fourfold::program::{Launch, Program, Slice};
 use fourfold::trace::bisect::{Reference, StageError, TOLERANCE, bisect};
 use fourfold::trace::file::TraceFile;
@@ -102,13 +102,41 @@ impl Planter {
 
     /// Bind a changed copy of what argument `name` of a launch reads.
     fn change(&self, program: &mut Program, at: usize, name: &'static str, change: impl FnOnce(&mut [u8])) {
+        let layout = self.layout(&program.launches[at], name);
         let arg = program.launches[at].args.iter_mut().find(|arg| arg.name == name).unwrap();
         let old = arg.slice;
         arg.slice = self.buffer(name, || {
+            let mut stored = self.stored(old, layout);
+            change(&mut stored);
             let mut words = self.words(old);
-            change(bytemuck::cast_slice_mut(&mut words));
+            layout.put(&stored, bytemuck::cast_slice_mut(&mut words));
             bytemuck::cast_slice(&words).to_vec()
         });
+    }
+
+    /// How an argument's bytes are laid out.
+    fn layout(&self, launch: &Launch, name: &str) -> Layout {
+        let file = launch.fillings.iter().find(|(slot, _)| *slot == "weights").map(|(_, file)| *file);
+        let k = launch.constants.iter().find(|(name, _)| *name == "K").map_or(0, |(_, k)| *k as usize);
+        match (self.device.limits().laid_out, name, file) {
+            (true, "codes", Some("weights_mxfp4" | "weights_nvfp4")) => Layout::Codes,
+            (true, "scales", Some("weights_mxfp4")) => Layout::Scales(k / 32),
+            (true, "scales", Some("weights_nvfp4")) => Layout::Scales(k / 16),
+            _ => Layout::Stored,
+        }
+    }
+
+    /// The bytes of a slice as they lie on disk.
+    fn stored(&self, slice: Slice, layout: Layout) -> Vec<u8> {
+        let words = self.words(slice);
+        let laid_out: &[u8] = bytemuck::cast_slice(&words);
+        let whole = match layout {
+            Layout::Scales(row) => laid_out.len() / (4 * row) * 4 * row,
+            _ => laid_out.len(),
+        };
+        let mut stored = vec![0; whole];
+        layout.get(laid_out, &mut stored);
+        stored
     }
 
     fn change_floats(&self, program: &mut Program, at: usize, name: &'static str, change: impl FnOnce(&mut [f32])) {
@@ -262,8 +290,7 @@ impl Planter {
                 // and what remains, 2^(c - largest), is 2^8 and less in E4M3. What is 2^18 times fainter than the
                 // row's largest block becomes nothing instead of next to nothing.
                 let blocks = QWEN[2] / nvfp4::BLOCK;
-                let mut scales = self.words(slice(&p.launches[down], "scales"));
-                let scales: &mut [u8] = bytemuck::cast_slice_mut(&mut scales);
+                let scales = self.stored(slice(&p.launches[down], "scales"), self.layout(&p.launches[down], "scales"));
                 let largest: Vec<i32> =
                     scales.chunks_exact(blocks).map(|row| i32::from(*row.iter().max().unwrap())).collect();
                 self.change_floats(p, down, "row_scales", |s| {

@@ -22,6 +22,15 @@ fn laid_out(w: u32) -> u32 {
     first | second | third | fourth
 }
 
+/// What [`laid_out`] was made of.
+fn as_stored(w: u32) -> u32 {
+    let first = (w & 0x8000_8000) >> 12 | (w & 0x0e00_0e00) >> 9;
+    let second = w & 0x0080_0080 | (w & 0x000e_000e) << 3;
+    let third = (w & 0x0100_0100) << 3 | (w & 0x7000_7000) >> 4;
+    let fourth = (w & 0x0001_0001) << 15 | (w & 0x0070_0070) << 8;
+    first | second | third | fourth
+}
+
 impl Layout {
     /// Bytes that `bytes` take.
     pub fn bytes(self, bytes: usize) -> usize {
@@ -55,20 +64,29 @@ impl Layout {
             }
         }
     }
+
+    /// What was laid out in `from`, `to.len()` bytes of it.
+    pub fn get(self, from: &[u8], to: &mut [u8]) {
+        match self {
+            Self::Stored => to.copy_from_slice(&from[..to.len()]),
+            Self::Codes => {
+                for (to, from) in to.as_chunks_mut::<4>().0.iter_mut().zip(from.as_chunks::<4>().0) {
+                    *to = as_stored(u32::from_le_bytes(*from)).to_le_bytes();
+                }
+            }
+            Self::Scales(row) => {
+                for (i, to) in to.iter_mut().enumerate() {
+                    let (r, i) = (i / row, i % row);
+                    *to = from[(r / 4 * row + i) * 4 + r % 4];
+                }
+            }
+        }
+    }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    /// What [`laid_out`] was made of.
-    fn as_stored(w: u32) -> u32 {
-        let first = (w & 0x8000_8000) >> 12 | (w & 0x0e00_0e00) >> 9;
-        let second = w & 0x0080_0080 | (w & 0x000e_000e) << 3;
-        let third = (w & 0x0100_0100) << 3 | (w & 0x7000_7000) >> 4;
-        let fourth = (w & 0x0001_0001) << 15 | (w & 0x0070_0070) << 8;
-        first | second | third | fourth
-    }
 
     #[test]
     fn every_bit_of_a_word_has_a_place_of_its_own() {
@@ -101,9 +119,9 @@ mod tests {
             let layout = Layout::Scales(row);
             let mut out = vec![9; layout.bytes(scales.len())];
             layout.put(&scales, &mut out);
-            let at = |r: usize, i: usize| (r / 4 * row + i) * 4 + r % 4;
-            let found = (0..rows).flat_map(|r| (0..row).map(move |i| at(r, i))).map(|at| out[at]);
-            assert!(found.eq(scales.iter().copied()), "{rows} rows of {row}");
+            let mut found = vec![0; scales.len()];
+            layout.get(&out, &mut found);
+            assert!(found == scales, "{rows} rows of {row}");
             assert_eq!(out.iter().filter(|byte| **byte == 0).count(), out.len() - scales.len(), "zeros behind");
         }
     }

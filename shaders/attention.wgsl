@@ -65,9 +65,6 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     let share = share_of(group.z, row.position + 1u - begin);
     let first = begin + share.x;
     let last = begin + share.y;
-    // What is needed later is sent for here.
-    var open = opening_of(head + min(lane / quads, HEADS - 1u));
-    var place = place_of(row.sequence, min(first + lane, last - 1u), kv_head);
     // Bounds that the compiler does not know keep the code short: it runs once, and has to be fetched first.
     let few = 4u + row.pad;
     let elements = (quads + BATCH - 1u) / BATCH * BATCH * few; // zeros behind the last, to whole batches
@@ -94,6 +91,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     var sum3 = vec4<f32>(0.0);
     for (var tile = first; tile < last; tile += KEYS) {
         workgroupBarrier(); // the queries are there, or all lanes are done with the tile before
+        let place = (cache_row(row.sequence, min(tile + lane, last - 1u)) * HK + kv_head) * quads;
         var dots = vec4<f32>(0.0);
         for (var i = 0u; i < quads * few / 4u; i += BATCH) {
             var ks: array<vec4<f32>, BATCH>;
@@ -111,7 +109,6 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         }
         // Keys past the end weigh e^-inf = 0.
         places[lane] = place;
-        place = place_of(row.sequence, min(tile + KEYS + lane, last - 1u), kv_head);
         scores[lane] = select(vec4<f32>(-3.0e38), dots / sqrt(f32(DH)), tile + lane < last);
         workgroupBarrier(); // all scores of the tile are there
         var most = -3.0e38;
@@ -183,14 +180,6 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         for (var i = 0u; i < teams * few / 4u; i++) {
             sum += meeting[h][i * quads + n % quads];
         }
-        if n > lane {
-            open = opening_of(head + h);
-        }
-        result(t, head + h, group.z, n % quads, sum, top[h], total[h], open);
+        result(t, head + h, group.z, n % quads, sum, top[h], total[h]);
     }
-}
-
-// The first quad of a key or value in the cache.
-fn place_of(sequence: u32, position: u32, kv_head: u32) -> u32 {
-    return (cache_row(sequence, position) * HK + kv_head) * (DH / 4u);
 }

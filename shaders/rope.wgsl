@@ -30,15 +30,9 @@ fn put_query(at: u32, lo: vec2<f32>, hi: vec2<f32>) {
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) lane: u32) {
     let head = group.x;
     let at = (group.y * (H + 2u * HK) + head) * DH;
-    let own = min(lane * 2u, DH / 2u - 2u);
-    let first = turn_of(group.y, own); // on its way while the head is normalised
     let scale = scale_of_head(head, at, lane);
     for (var i = lane * 2u; i < DH / 2u; i += LANES * 2u) {
-        var turn = first;
-        if i > own {
-            turn = turn_of(group.y, i);
-        }
         let v = scaled(head, at + i, i, scale);
-        rotate(turn, group.y, head, i, v.xy, v.zw);
+        rotate(group.y, head, i, v.xy, v.zw);
     }
 }

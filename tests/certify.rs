@@ -68,7 +68,7 @@ struct Tally {
     schedulers: usize,
     /// By the hash over all logits of all tokens: subjects that had it.
     hashes: BTreeMap<u64, usize>,
-    /// Subjects that were cancelled, whose beginnings were compared.
+    /// Subjects that could be cancelled: what they told was compared, to their end or as far as they got.
     cut: usize,
     neighbours: usize,
     cancelled: usize,

@@ -23,10 +23,9 @@ fn put(lane: u32) {
     for (var l = lane * 2u; l < ROWS / 2u; l += LANES * WARPS * 2u) {
         let pair = n0 / 2u + l;
         if pair < N / 2u {
-            let turn = turn_of(0u, pair % (DH / 2u));
             let a = vec2<f32>(product(l, 0u, 1.0), product(l + 1u, 0u, 1.0));
             let b = vec2<f32>(product(l + ROWS / 2u, 0u, 1.0), product(l + 1u + ROWS / 2u, 0u, 1.0));
-            rotate(turn, 0u, pair / (DH / 2u), pair % (DH / 2u), a, b);
+            rotate(0u, pair / (DH / 2u), pair % (DH / 2u), a, b);
         }
     }
 }

@@ -6,13 +6,9 @@ fn share_of(place: u32, visible: u32) -> vec2<u32> {
     return vec2<u32>(0u, visible);
 }
 
-// What the softmax of a head opens with.
-fn opening_of(h: u32) -> vec2<f32> {
-    return opening(h);
-}
-
 // Quad `quad` of head h of row t: what a segment's keys gave, their largest score and the sum of their weights.
-fn result(t: u32, h: u32, place: u32, quad: u32, sum: vec4<f32>, m: f32, total: f32, open: vec2<f32>) {
+fn result(t: u32, h: u32, place: u32, quad: u32, sum: vec4<f32>, m: f32, total: f32) {
+    let open = opening(h);
     let top = max(open.x, m);
     let weight = exp_f32(m - top);
     let all = fma(weight, total, open.y * exp_f32(open.x - top));

@@ -7,33 +7,24 @@
 @group(0) @binding(14) var<storage, read> rows: array<Row>;
 @group(0) @binding(15) var<storage, read> table: array<vec2<f32>>;
 
-// How elements i, i+1 of row t turn, and where the row stands in the cache: kernels may ask for it early.
-struct Turn {
-    cos: vec2<f32>,
-    sin: vec2<f32>,
-    slot: u32,
-}
-
-// i is below DH/2 and even.
-fn turn_of(t: u32, i: u32) -> Turn {
+// a: elements i, i+1 of the head of row t, i below DH/2 and even; b: i + DH/2, i + DH/2 + 1. `put_query` takes those of queries.
+fn rotate(t: u32, head: u32, i: u32, a: vec2<f32>, b: vec2<f32>) {
     let row = rows[t];
     let cs0 = table[row.position * (DH / 2u) + i];
     let cs1 = table[row.position * (DH / 2u) + i + 1u];
-    return Turn(vec2<f32>(cs0.x, cs1.x), vec2<f32>(cs0.y, cs1.y), cache_row(row.sequence, row.position) * HK);
-}
-
-// a: elements i, i+1 of the head of row t; b: i + DH/2, i + DH/2 + 1. `put_query` takes those of queries.
-fn rotate(turn: Turn, t: u32, head: u32, i: u32, a: vec2<f32>, b: vec2<f32>) {
-    let lo = fma(a, turn.cos, -(b * turn.sin));
-    let hi = fma(b, turn.cos, a * turn.sin);
+    let cos = vec2<f32>(cs0.x, cs1.x);
+    let sin = vec2<f32>(cs0.y, cs1.y);
+    let lo = fma(a, cos, -(b * sin));
+    let hi = fma(b, cos, a * sin);
+    let slot = cache_row(row.sequence, row.position) * HK;
     if head < H {
         put_query((t * (H + 2u * HK) + head) * DH + i, lo, hi);
     } else if head < H + HK {
-        let to = (turn.slot + head - H) * DH + i;
+        let to = (slot + head - H) * DH + i;
         append_key(to, lo);
         append_key(to + DH / 2u, hi);
     } else {
-        let to = (turn.slot + head - H - HK) * DH + i;
+        let to = (slot + head - H - HK) * DH + i;
         append_value(to, a);
         append_value(to + DH / 2u, b);
     }

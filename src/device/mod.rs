@@ -54,13 +54,10 @@ pub trait Device: Send + Sync + fmt::Debug {
     }
     /// The same, laid out for the kernels of a device whose [`Limits`] say so.
     fn write_laid_out(&self, to: Slice, pieces: &[&[u8]], layout: Layout) -> Result<()> {
-        if layout == Layout::Stored {
-            return self.write_pieces(to, pieces);
+        match layout {
+            Layout::Stored => self.write_pieces(to, pieces),
+            _ => self.write_pieces(to, &[&layout.of(pieces)]),
         }
-        let bytes = pieces.concat();
-        let mut out = vec![0; layout.bytes(bytes.len())];
-        layout.put(&bytes, &mut out);
-        self.write_pieces(to, &[&out])
     }
     /// Copy a whole slice out, after every program that ran before.
     fn read(&self, from: Slice, bytes: &mut [u8]) -> Result<()>;

@@ -320,12 +320,12 @@ impl State {
     ) {
         let name = |what: &'static str| move || format!("layers.{idx}.{what}");
         let (norm, heads, kv) = (norm(c), heads(c), self.kv[idx]);
+        let to = Rotated { heads, rows: self.rows, table: self.rope_table, cache: kv };
         let mut rotated = false;
         match addend {
             Some(addend) if self.fuses(p) && NormLinear::takes(w) => {
-                let to = Rotated { heads, rows: self.rows, table: self.rope_table, cache: kv };
-                let to = Some(to).filter(|_| head_gains.is_none());
-                rotated = to.is_some();
+                rotated = head_gains.is_none();
+                let to = rotated.then_some(to);
                 p.norm_linear(norm, (self.mid, addend, gain), [self.x, self.h], w, to, self.qkv);
                 p.stage(|| format!("layers.{}.hidden", idx - 1), self.x, norm.d as usize);
                 p.stage(name("attn_norm"), self.h, norm.d as usize);
@@ -341,7 +341,6 @@ impl State {
         }
         if !rotated {
             p.stage(name("qkv"), self.qkv, w.n as usize);
-            let to = Rotated { heads, rows: self.rows, table: self.rope_table, cache: kv };
             match head_gains {
                 Some(gains) if p.in_parts => {
                     let [h, hk, dh] = heads;

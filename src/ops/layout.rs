@@ -65,6 +65,14 @@ impl Layout {
         }
     }
 
+    /// Pieces, one behind the other, laid out.
+    pub fn of(self, pieces: &[&[u8]]) -> Vec<u8> {
+        let bytes = pieces.concat();
+        let mut out = vec![0; self.bytes(bytes.len())];
+        self.put(&bytes, &mut out);
+        out
+    }
+
     /// What was laid out in `from`, `to.len()` bytes of it.
     pub fn get(self, from: &[u8], to: &mut [u8]) {
         match self {

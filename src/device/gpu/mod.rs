@@ -363,17 +363,15 @@ impl Device for Gpu {
     }
 
     fn write_laid_out(&self, to: Slice, pieces: &[&[u8]], layout: Layout) -> Result<()> {
-        let bytes = pieces.iter().map(|piece| piece.len()).sum();
-        if layout == Layout::Stored {
-            return self.write_pieces(to, pieces);
+        let large = pieces.iter().map(|piece| piece.len()).sum::<usize>() > upload::SMALL;
+        match layout {
+            Layout::Stored => self.write_pieces(to, pieces),
+            // Words are laid out while they are copied.
+            Layout::Codes if large && pieces.iter().all(|piece| piece.len() % 4 == 0) => {
+                self.upload(to, pieces, layout)
+            }
+            _ => self.write_pieces(to, &[&layout.of(pieces)]),
         }
-        // Words can be laid out while they are copied.
-        if layout == Layout::Codes && bytes > upload::SMALL && pieces.iter().all(|piece| piece.len() % 4 == 0) {
-            return self.upload(to, pieces, layout);
-        }
-        let mut out = vec![0; layout.bytes(bytes)];
-        layout.put(&pieces.concat(), &mut out);
-        self.write_pieces(to, &[&out])
     }
 
     fn read(&self, from: Slice, bytes: &mut [u8]) -> Result<()> {

@@ -1,17 +1,19 @@
 //! The cases: each kernel over rows of its own, with shapes that leave tiles partly empty. A case computes any of its rows
 //! in any order, so that one recording serves the comparison with the twin and the comparison of rows with themselves.
 
+mod experts;
+
 use super::bench::{Bench, Random};
 use super::kernels::ROWS;
 use crate::error::Result;
 use crate::format::Format;
 use crate::ops::{
-    ActScale, Addend, Amax, Attention, CacheFormat, Gate, GateUp, Glu, Group, HeadNorm, Input, InputScales, KvCache,
-    MoeScatter, PARTS, Piece, Projection, RmsNorm, Rotated, Router, Routes, Routing, Row, STATS_WORDS, StageActivation,
-    Staging, Stream, Swiglu, staged_words,
+    ActScale, Addend, Amax, Attention, CacheFormat, Gate, Glu, HeadNorm, Input, InputScales, KvCache, PARTS, Piece,
+    Projection, RmsNorm, Rotated, Routes, Row, STATS_WORDS, StageActivation, Staging, Stream, staged_words,
 };
 use crate::program::{HostStages, Program, Role, Slice};
 use crate::trace::record::stats_program;
+use experts::{group, moe, moe_by_matrix, moe_scatter, router};
 
 const EPS: f64 = f32::EPSILON as f64;
 
@@ -131,8 +133,7 @@ pub(super) fn cases(matrix: bool) -> Vec<(&'static str, Vec<Case>)> {
         let halves = || FORMATS.into_iter().filter(|format| format.fits_half());
         all.push(("linear_matrix", halves().map(linear_matrix).collect()));
         for (name, second) in [("moe_up_matrix", false), ("moe_down_matrix", true)] {
-            let form = |format| moe_case(Form { routing: How::Matrix, ..Form::new(format, second) });
-            all.push((name, halves().map(form).collect()));
+            all.push((name, halves().map(|format| moe_by_matrix(format, second)).collect()));
         }
     }
     all
@@ -467,163 +468,6 @@ fn staging(b: &mut Bench<'_>, n: usize, k: usize) -> Result<Staging> {
         scales: b.output(n)?,
         report: b.output(n * 2)?,
         amaxes: b.output(n)?,
-    })
-}
-
-/// The experts of each token: `a` different ones of `e`, in no order.
-fn chosen(random: &mut Random, e: usize, a: usize) -> Vec<u32> {
-    (0..ROWS).flat_map(|_| random.shuffled(e).into_iter().take(a).map(|e| e as u32).collect::<Vec<_>>()).collect()
-}
-
-fn router(normalise: bool) -> Case {
-    let (e, a) = (100, 4);
-    case(format!("normalised: {normalise}"), 16.0 * EPS, move |b, which| {
-        let mut scores = Random(e as u64).f32s(ROWS * e);
-        // Ties, within the chosen and across the border.
-        scores.iter_mut().step_by(3).for_each(|s| *s = (*s * 2.0).round() / 2.0);
-        let scores = b.input(&pick(&scores, e, which))?;
-        let routes = Routes { experts: b.output(which.len() * a)?, weights: b.output(which.len() * a)? };
-        let mut p = program(which.len());
-        p.router(Router { e: e as u32, a: a as u32, normalise }, scores, routes);
-        Ok((p, vec![Output::exact(routes.experts, a), Output::near(routes.weights, a)]))
-    })
-}
-
-fn group((e, a, routes): (usize, usize, u32)) -> Case {
-    let op = Group { e: e as u32, a: a as u32, routes };
-    let tiles = case(format!("E={e} A={a}, tiles of {routes}"), 0.0, move |b, which| {
-        let experts = b.input(&pick(&chosen(&mut Random(e as u64), e, a), a, which))?;
-        let words = op.tiles(which.len() as u32) as usize * op.tile_bytes() as usize / 4;
-        let (tiles, step) = (b.output(words)?, b.step(which.len())?);
-        let mut p = program(which.len());
-        p.group(op, step, experts, tiles);
-        Ok((p, vec![Output::exact(tiles, 0).whole()]))
-    });
-    Case { by_row: false, ..tiles }
-}
-
-/// How experts take routes.
-#[derive(Clone, Copy, PartialEq)]
-enum How {
-    /// One by one in steps of few rows, grouped in others, and the first matrix of a row alone chooses itself: as a model
-    /// does it.
-    Usual,
-    Matrix,
-}
-
-/// One of a layer's two expert matrices.
-#[derive(Clone, Copy)]
-struct Form {
-    format: Format,
-    /// The second matrix.
-    second: bool,
-    routing: How,
-    /// Quantised rows.
-    staged: bool,
-    /// Gates before ups and SiLU, not interleaved and clamped.
-    halves: bool,
-    /// Every route of the first matrix reads a row of its own.
-    spread: bool,
-    bias: bool,
-}
-
-impl Form {
-    fn new(format: Format, second: bool) -> Self {
-        // Both activations and both kinds of bias, some formats with one and some with the other.
-        let (halves, bias) = (format.has_row_scale(), !format.has_row_scale());
-        Self { format, second, routing: How::Usual, staged: false, halves, spread: false, bias }
-    }
-}
-
-fn moe(second: bool) -> Vec<Case> {
-    let mut all: Vec<Case> = FORMATS.into_iter().map(|format| moe_case(Form::new(format, second))).collect();
-    let nvfp4 = Form { staged: true, ..Form::new(Format::Nvfp4, second) };
-    all.push(moe_case(nvfp4));
-    all.push(moe_case(Form { spread: true, halves: false, ..nvfp4 }));
-    all
-}
-
-fn moe_case(form: Form) -> Case {
-    let (e, a, format) = (6, 3, form.format);
-    // FP4 fills its workgroups, the others end within one.
-    let n = match (format.is_fp4() && !form.staged, form.second) {
-        (false, false) => 13,
-        (false, true) => 35,
-        (true, false) => 16,
-        (true, true) => 64,
-    };
-    let k = columns(format, 352);
-    let tolerance = match (form.routing, form.staged) {
-        (How::Matrix, _) => BY_MATRIX,
-        (_, true) => 2e-5,
-        // The activation multiplies gate by up: twice the relative error of a sum.
-        (_, false) => 2.0 * sum_of(k),
-    };
-    let what = format!("{format} E={e} A={a} N={n} K={k}{}", if form.staged { ", quantised rows" } else { "" });
-    case(what, tolerance, move |b, which| {
-        let mut random = Random((n * k + e) as u64);
-        let mut experts = b.experts(&mut random, format, [e, if form.second { n } else { 2 * n }, k])?;
-        experts.bias = experts.bias.filter(|_| form.bias);
-        let routes = pick(&chosen(&mut random, e, a), a, which);
-        let each = if form.second || form.spread { a } else { 1 };
-        let x = pick(&random.f32s(ROWS * each * k), each * k, which);
-        let mut p = program(which.len()).with_matrix(form.routing == How::Matrix);
-        let chooses = !form.second && !form.staged && form.routing == How::Usual && which.len() == 1;
-        let routing = match chooses {
-            true => choosing(b, [e, a], &routes)?,
-            false => routing(b, &mut p, [e, a], &routes, form.routing)?,
-        };
-        let x = rows(b, &mut p, &x, k, form.staged)?;
-        let y = b.output(which.len() * a * n)?;
-        if form.second {
-            p.moe_down(&experts, a as u32, routing, x, y);
-        } else {
-            let swiglu = match form.halves {
-                true => Swiglu { a: a as u32, rows: GateUp::Halves, gate: Gate::Silu },
-                false => Swiglu::gpt_oss(a as u32, [7.0, 1.702]),
-            };
-            p.moe_up(&experts, swiglu, routing, (x, (a / each) as u32), y);
-        }
-        b.keep(experts.weight);
-        Ok((p, vec![Output::near(y, a * n)]))
-    })
-}
-
-/// Scores of which these routes are the largest.
-fn choosing(b: &mut Bench<'_>, [e, a]: [usize; 2], routes: &[u32]) -> Result<Routing> {
-    let mut scores = vec![-1.0f32; e];
-    routes.iter().enumerate().for_each(|(rank, expert)| scores[*expert as usize] = 9.0 - rank as f32);
-    let to = Routes { experts: b.output(a)?, weights: b.output(a)? };
-    Ok(Routing::Chosen(Router { e: e as u32, a: a as u32, normalise: true }, b.input(&scores)?, to))
-}
-
-fn routing(b: &mut Bench<'_>, p: &mut Program, [e, a]: [usize; 2], routes: &[u32], how: How) -> Result<Routing> {
-    let experts = b.input(routes)?;
-    if how == How::Usual && routes.len() <= 2 * a {
-        return Ok(Routing::Each(experts));
-    }
-    let of_tile = match (how, routes.len() / a) {
-        (How::Matrix, _) => 64,
-        (How::Usual, ..8) => 2,
-        (How::Usual, _) => 4,
-    };
-    let op = Group { e: e as u32, a: a as u32, routes: of_tile };
-    let words = op.tiles(p.tokens()) as usize * op.tile_bytes() as usize / 4;
-    let (step, tiles) = (b.step(routes.len() / a)?, b.output(words)?);
-    p.group(op, step, experts, tiles);
-    Ok(if how == How::Matrix { Routing::ByMatrix(tiles) } else { Routing::Grouped(tiles, of_tile) })
-}
-
-fn moe_scatter() -> Case {
-    let (a, d) = (3, 67);
-    case("moe_scatter", sum_of(a), move |b, which| {
-        let mut random = Random(d as u64);
-        let (weights, x) = (random.f32s(ROWS * a), random.f32s(ROWS * a * d));
-        let (weights, x) = (b.input(&pick(&weights, a, which))?, b.input(&pick(&x, a * d, which))?);
-        let y = b.output(which.len() * d)?;
-        let mut p = program(which.len());
-        p.moe_scatter(MoeScatter { a: a as u32, d: d as u32 }, Routes { experts: weights, weights }, x, y);
-        Ok((p, vec![Output::near(y, d)]))
     })
 }
 

@@ -665,17 +665,27 @@ fn a_cache_is_no_larger_than_a_binding() {
 
 #[test]
 fn cancels_at_random_leave_no_page_behind() {
-    let device: Arc<dyn Device> = Arc::new(Changed { ahead: 2, ..Changed::new(&cpu()) });
+    // FOURFOLD_TEST_CANCELS=20000 makes a soak of it: 64 sessions on the GPU. Nothing else should run in the process then.
+    let Ok(count) = std::env::var("FOURFOLD_TEST_CANCELS") else {
+        return devices().iter().for_each(|(_, device)| _ = cancels_at_random(device, 8, 300));
+    };
+    for (where_, device) in gpus().iter().take(1) {
+        let [before, after] = cancels_at_random(device, 64, count.parse().unwrap());
+        eprintln!("{where_}: {count} cancels; MiB resident after a quarter of them: {before:?}, at the end: {after:?}");
+        assert!(after.zip(before).is_none_or(|(after, before)| after < before + 16));
+    }
+}
+
+/// MiB of the process in memory after a quarter of the cancels, when everything has been compiled and used, and at the end.
+fn cancels_at_random(device: &Arc<dyn Device>, sessions: usize, wanted: usize) -> [Option<usize>; 2] {
+    let device: Arc<dyn Device> = Arc::new(Changed { ahead: 2, ..Changed::new(device) });
     let engine = engine(&tiny(), &device, 100);
-    // FOURFOLD_TEST_CANCELS=20000 makes a soak of it, with 64 sessions.
-    let soak: Option<usize> = std::env::var("FOURFOLD_TEST_CANCELS").ok().map(|count| count.parse().unwrap());
-    let (sessions, wanted) = if let Some(count) = soak { (64, count) } else { (8, 300) };
     let pages = Some(15 * sessions);
     let options = SchedulerOptions { sessions, page: 4, pages, chunk: Some(24), ..Default::default() };
     let mut scheduler = engine.scheduler(&options).unwrap();
     let total = |pages: fourfold::Pages| pages.free + pages.held + pages.kept;
     let all = scheduler.pages().map(total);
-    let (mut random, mut requests, mut cancels) = (Random(5), Vec::new(), 0);
+    let (mut random, mut requests, mut cancels, mut settled) = (Random(5), Vec::new(), 0, None);
     while cancels < wanted {
         while requests.len() < sessions * 3 / 2 {
             let prompt = [&prompt(1, random.below(40))[..], &prompt(random.below(3), 1 + random.below(20))].concat();
@@ -699,11 +709,20 @@ fn cancels_at_random_leave_no_page_behind() {
         requests.retain(|request| request.finish().is_none());
         scheduler.check_pages().unwrap();
         assert_eq!(scheduler.pages().map(total), all);
+        settled = settled.or_else(|| (cancels > wanted / 4).then(resident).flatten());
     }
     drop(requests);
     assert!(!scheduler.step().unwrap());
     assert_eq!(scheduler.pages().map(|pages| pages.held), [0, 0]);
     assert_eq!(scheduler.pages().map(total), all);
+    [settled, resident()]
+}
+
+/// MiB of this process in memory, where Linux tells.
+fn resident() -> Option<usize> {
+    let status = std::fs::read_to_string("/proc/self/status").ok()?;
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"))?;
+    line.split_whitespace().next()?.parse::<usize>().ok().map(|kib| kib / 1024)
 }
 
 #[test]

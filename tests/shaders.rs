@@ -29,7 +29,7 @@ fn possible(fillings: &[(&str, &str)]) -> bool {
     let file = |wanted| fillings.iter().find(|(slot, _)| *slot == wanted).map(|(_, file)| *file);
     let carried = match (file("routes"), file("tiles"), file("tile")) {
         (Some("routes_grouped"), tiles, tile) => {
-            matches!((tiles, tile), (Some("tiles_2"), Some("tile_2x4")) | (Some("tiles_4"), Some("tile_4x2")))
+            matches!((tiles, tile), (Some("tiles_2"), Some("tile_2x4")) | (Some("tiles_4"), Some("tile_4x4")))
         }
         (Some(_), _, Some(tile)) => tile.starts_with("tile_1"),
         _ => true,

@@ -1,15 +1,18 @@
 // Fills slot `fold`: the sums of VALUES numbers over LANES neighbouring lanes, through workgroup memory. Every lane of a
-// workgroup of at most 8 LANES must call it. The tree is that of fold_subgroup: pairs at distance 1, then 2, 4 and so on.
+// workgroup of at most GROUPS LANES must call it. The tree is that of fold_subgroup: pairs at distance 1, then 2, 4 and so
+// on; so is the order of the numbers.
 #import lanes
 #import tile
-var<workgroup> fold_lanes: array<f32, VALUES * LANES * 8u>;
+const GROUPS = min(8u, 64u / VALUES);
+var<workgroup> fold_lanes: array<f32, VALUES * LANES * GROUPS>;
 
 fn fold(values: ptr<function, array<f32, VALUES>>, lane: u32) -> f32 {
+    let mine = kept(lane) / BATCH * BATCH;
     for (var k = 0u; k < VALUES; k++) {
-        fold_lanes[k * LANES * 8u + lane] = (*values)[k];
+        fold_lanes[(k ^ mine) * LANES * GROUPS + lane] = (*values)[k];
     }
     workgroupBarrier(); // all lanes have written
-    let first = folded(lane) * LANES * 8u + lane / LANES * LANES;
+    let first = kept(lane) * LANES * GROUPS + lane / LANES * LANES;
     var sums: array<f32, LANES>;
     for (var i = 0u; i < LANES; i++) {
         sums[i] = fold_lanes[first + i];
@@ -23,7 +26,7 @@ fn fold(values: ptr<function, array<f32, VALUES>>, lane: u32) -> f32 {
     return sums[0];
 }
 
-// Which of the numbers a lane gets the sum of.
-fn folded(lane: u32) -> u32 {
+// Which sum a lane gets, of row b of weights and token j: j BATCH + b.
+fn kept(lane: u32) -> u32 {
     return lane % VALUES;
 }

@@ -2,8 +2,8 @@
 // of weights and TOKENS rows of inputs. Its lanes share K, sixteen elements each: a lane keeps its part of the inputs and
 // lets the weights pass, BATCH rows at a time. So a weight is read and decoded once for all TOKENS.
 //
-// The order of a sum is the same for any ROWS, TOKENS and BATCH: a lane's sixteen products in index order; a tree over the
-// LANES of a span (`fold`); a group's spans, WARPS apart, in order; then the groups in order.
+// The order of a sum is the same for any ROWS, TOKENS, BATCH and WARPS: a lane's sixteen products in index order; a tree over
+// the LANES of a span (`fold`); the spans of a slot, SLOTS apart, in order; then the slots in order.
 //
 // The kernel gives weight_row(l), where row l of ROWS stands in the matrix, input_row(j), where row j of TOKENS stands in the
 // input, and bias_row(l), where row l of ROWS stands in the bias; all always name a row that exists. And side_by_side():
@@ -17,10 +17,10 @@
 #import dot16
 #import fold
 override K: u32;
-override ROWS: u32; // a multiple of BATCH, at most 32
-var<workgroup> found: array<f32, 32u * TOKENS * 8u>;
+override ROWS: u32; // a multiple of BATCH, at most 64
+var<workgroup> found: array<f32, 64u * TOKENS * 8u>; // [ROWS, TOKENS, SLOTS]
 // What a row's sums are multiplied by, and what is added then.
-var<workgroup> ends: array<vec2<f32>, 32>;
+var<workgroup> ends: array<vec2<f32>, 64>;
 
 // The weights that come next, as they are stored.
 var<private> next: array<Stored, BATCH>;
@@ -51,17 +51,26 @@ fn scale_of(scales: array<u32, BATCH>, b: u32) -> u32 {
     return scales[b];
 }
 
+// Inputs where a lane has any, else zeros.
+fn of_lane(x: Sixteen, there: bool) -> Sixteen {
+    const NONE = vec4<f32>(0.0);
+    return Sixteen(select(NONE, x.a, there), select(NONE, x.b, there), select(NONE, x.c, there), select(NONE, x.d, there), x.scale);
+}
+
 // Find all sums of the workgroup: every lane must call it, once, after fetch(0u, 0u, lane).
 fn multiply(lane: u32) {
-    let warp = lane / LANES;
-    let slot = folded(lane) * WARPS + warp;
+    let spans = (K / 16u + LANES - 1u) / LANES;
+    // The input that a lane has first is one whose sums it keeps longest.
+    let mine = kept(lane) / BATCH;
+    let place = (kept(lane) % BATCH * TOKENS + mine) * SLOTS;
     var end = end_at(min(lane, ROWS - 1u)); // sent for here, so that nobody waits for it at the end
     for (var start = 0u; start < K / 16u; start += LANES * WARPS) {
         let there = start + lane < K / 16u;
         let i = min(start + lane, K / 16u - 1u);
+        let span = (start + lane) / LANES;
         var xs: array<Sixteen, TOKENS>;
         for (var j = 0u; j < TOKENS; j++) {
-            xs[j] = in_units(input_at(input_row(j), K / 16u, i));
+            xs[j] = of_lane(in_units(input_at(input_row(j ^ mine), K / 16u, i)), there);
         }
         if start > 0u {
             fetch(0u, start, lane);
@@ -75,13 +84,13 @@ fn multiply(lane: u32) {
             for (var b = 0u; b < BATCH; b++) {
                 let w = opened(stored[b], scale_of(scales, b));
                 for (var j = 0u; j < TOKENS; j++) {
-                    values[b * TOKENS + j] = select(0.0, dot16(w, xs[j]), there);
+                    values[j * BATCH + b] = dot16(w, xs[j]);
                 }
             }
             var sum = fold(&values, lane);
-            if lane % LANES < VALUES {
-                let at = l * TOKENS * WARPS + slot;
-                if start > 0u {
+            if lane % LANES < VALUES && span < spans {
+                let at = l * TOKENS * SLOTS + place + span % SLOTS;
+                if span >= SLOTS {
                     sum += found[at]; // which this lane wrote
                 }
                 found[at] = sum;
@@ -104,8 +113,8 @@ fn end_at(l: u32) -> vec2<f32> {
 // What comes of row l of weights and row j of inputs, after `multiply`; the input is in units of `scale`.
 fn product(l: u32, j: u32, scale: f32) -> f32 {
     var sum = 0.0;
-    for (var warp = 0u; warp < WARPS; warp++) {
-        sum += found[(l * TOKENS + j) * WARPS + warp];
+    for (var slot = 0u; slot < SLOTS; slot++) {
+        sum += found[(l * TOKENS + j) * SLOTS + slot];
     }
     return fma(sum, ends[l].x * scale, ends[l].y);
 }

@@ -48,6 +48,8 @@ pub(super) struct Carried {
     pub(super) tiles: u32,
     /// Rows of weights of a workgroup.
     pub(super) rows: u32,
+    /// Spans of K that a group of lanes has.
+    pub(super) spans: u32,
 }
 
 impl Routing {
@@ -62,12 +64,12 @@ impl Routing {
 
     pub(super) fn carried(self, tokens: u32, a: u32, e: u32) -> Carried {
         let tiles = Group { e, a, routes: self.routes() }.tiles(tokens);
-        let (tile, rows) = match self.routes() {
-            1 => ("tile_1x4", 16),
-            2 => ("tile_2x4", 32),
-            _ => ("tile_4x2", 32),
+        let (tile, rows, spans) = match self.routes() {
+            1 => ("tile_1x4", 16, 1),
+            2 => ("tile_2x4", 32, 1),
+            _ => ("tile_4x4", 64, 2),
         };
-        Carried { tile, tiles, rows }
+        Carried { tile, tiles, rows, spans }
     }
 }
 
@@ -82,6 +84,11 @@ fn file_of(routes: u32) -> &'static str {
 }
 
 impl Launch {
+    /// Fill slot `tile`, and say how much of an expert a workgroup has.
+    pub(super) fn carried(self, tile: &'static str, [rows, spans]: [u32; 2]) -> Self {
+        self.fill("tile", tile).constant("ROWS", rows).constant("SPANS", spans)
+    }
+
     /// Bind routes and fill slot `routes`.
     pub(crate) fn routes(self, routing: Routing) -> Self {
         match routing {

@@ -105,15 +105,18 @@ impl Program {
                 continue;
             }
             // The tile changes how many sums a workgroup has, not the order of any of them. Of a matrix with few rows
-            // many in a workgroup would leave most of a GPU without work.
-            let (tile, tokens, rows) = match (self.tokens, part.count) {
-                (1, ..512) => ("tile_1x2", 1, 2),
-                (1, _) => ("tile_1x2", 1, 8),
-                (2, ..512) => ("tile_2x4", 2, 4),
-                (2, _) => ("tile_2x4", 2, 16),
-                (_, ..512) => ("tile_4x2", 4, 4),
-                (..=8, ..4096) => ("tile_2x4", 2, 32),
-                _ => ("tile_4x2", 4, 32),
+            // many in a workgroup would leave most of a GPU without work; where there are many, groups of lanes have two
+            // spans each, so that more workgroups fit.
+            let (tile, tokens, rows, spans) = match (self.tokens, part.count) {
+                (1, ..512) => ("tile_1x2", 1, 2, 1),
+                (1, _) => ("tile_1x2", 1, 8, 1),
+                (2, ..512) => ("tile_2x4", 2, 4, 1),
+                (2, _) => ("tile_2x4", 2, 16, 1),
+                (_, ..512) => ("tile_4x4", 4, 4, 2),
+                (..=8, ..4096) => ("tile_2x4", 2, 32, 1),
+                (..=8, ..16384) => ("tile_2x4", 2, 32, 2),
+                (..=8, _) => ("tile_4x4", 4, 32, 2),
+                _ => ("tile_4x4", 4, 64, 2),
             };
             let (input, first) = (x.format(), first + part.first);
             let op = Linear { format: w.format, input, k: w.k, n, first, count: part.count };
@@ -121,6 +124,7 @@ impl Program {
             let launch = Launch::new(Op::Linear(op), &KERNEL, grid)
                 .of_linear(op)
                 .constant("ROWS", rows)
+                .constant("SPANS", spans)
                 .read("step", step)
                 .weight(w.format, part)
                 .bias(bias)

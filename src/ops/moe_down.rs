@@ -46,7 +46,7 @@ impl Program {
     /// `y[t,a] = w_e x[t,a] + bias_e` with `e = experts[t,a]`. `x`: `[T, A, K]`, `y`: `[T, A, D]` f32.
     pub fn moe_down(&mut self, down: &Experts, a: u32, routing: impl Into<Routing>, x: impl Into<Input>, y: Slice) {
         let (x, routing, k, d) = (x.into(), routing.into(), down.weight.k, down.weight.n);
-        let Carried { tile, tiles, rows } = routing.carried(self.tokens, a, down.weight.experts);
+        let Carried { tile, tiles, rows, spans } = routing.carried(self.tokens, a, down.weight.experts);
         let (each, matrix) = (routing.routes(), matches!(routing, Routing::ByMatrix(_)));
         for part in &down.weight.parts {
             let (format, input) = (down.weight.format, x.format());
@@ -59,7 +59,7 @@ impl Program {
                 }
                 false => {
                     let grid = [d.div_ceil(rows), tiles, 1];
-                    Launch::new(Op::MoeDown(op), &KERNEL, grid).input(x).fill("tile", tile).constant("ROWS", rows)
+                    Launch::new(Op::MoeDown(op), &KERNEL, grid).input(x).carried(tile, [rows, spans])
                 }
             };
             let launch = launch

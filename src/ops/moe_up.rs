@@ -112,7 +112,7 @@ impl Program {
     ) {
         let (x, routing, k, f) = (x.into(), routing.into(), up.weight.k, up.weight.n / 2);
         let Swiglu { a, rows, gate } = form;
-        let Carried { tile, tiles, rows: height } = routing.carried(self.tokens, a, up.weight.experts);
+        let Carried { tile, tiles, rows: height, spans } = routing.carried(self.tokens, a, up.weight.experts);
         let (each, matrix) = (routing.routes(), matches!(routing, Routing::ByMatrix(_)));
         let router = if let Routing::Chosen(router, ..) = routing { Some(router) } else { None };
         let (stride, second) = match rows {
@@ -130,7 +130,7 @@ impl Program {
                 }
                 false => {
                     let grid = [(2 * f).div_ceil(height), tiles, 1];
-                    Launch::new(Op::MoeUp(op), &KERNEL, grid).input(x).fill("tile", tile).constant("ROWS", height)
+                    Launch::new(Op::MoeUp(op), &KERNEL, grid).input(x).carried(tile, [height, spans])
                 }
             };
             let launch = launch

@@ -185,8 +185,8 @@ fn grouped_routes_have_the_bits_of_single_ones() {
     for ([t, e, a], routes, tile) in [
         ([5, 7, 3], 2, "tile_2x4"),
         ([16, 32, 4], 2, "tile_2x4"),
-        ([5, 7, 3], 4, "tile_4x2"),
-        ([26, 5, 4], 4, "tile_4x2"),
+        ([5, 7, 3], 4, "tile_4x4"),
+        ([26, 5, 4], 4, "tile_4x4"),
     ] {
         for format in FORMATS {
             let k = 96usize.next_multiple_of(format.block());
@@ -269,7 +269,7 @@ fn a_row_of_linear_has_its_bits_in_every_tile() {
                 (p, vec![y])
             };
             let whole = output_of(device, |b| case(b, &all(64)));
-            for (count, tile) in [(1, "tile_1x2"), (2, "tile_2x4"), (3, "tile_2x4"), (9, "tile_4x2"), (16, "tile_4x2")]
+            for (count, tile) in [(1, "tile_1x2"), (2, "tile_2x4"), (3, "tile_2x4"), (9, "tile_4x4"), (16, "tile_4x4")]
             {
                 let which: Vec<usize> = (0..count).map(|i| (i * 29 + count) % 64).collect();
                 let some = output_of(device, |b| {
@@ -291,7 +291,7 @@ fn wide_tiles_of_linear_hold_to_the_twin() {
     for (format, [t, n, k]) in [(Format::Mxfp4, [17, 531, 96]), (Format::Bf16, [24, 512, 160])] {
         check_on(&format!("linear {format} T={t} N={n}"), sum_tolerance(k), gpus(), |b| {
             let (p, y) = linear_case(b, format, [t, n, k], true, 0..t);
-            assert_eq!(tile_of(&p), "tile_4x2");
+            assert_eq!(tile_of(&p), "tile_4x4");
             (p, y)
         });
     }

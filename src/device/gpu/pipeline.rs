@@ -129,11 +129,11 @@ fn compile(device: &wgpu::Device, launch: &Launch, options: Compile, cache: Opti
     let name = shader::label(launch.kernel, &fillings);
     let source = shader::compose(launch.kernel, &fillings);
     let parsed = shader::parse(&name, &source).map_err(Error::Device)?;
-    if parsed.overrides.iter().any(|(_, o)| o.name.as_deref() == Some("WARPS")) {
+    if parsed.overrides.iter().any(|(_, o)| o.name.as_deref() == Some("SLOTS")) {
         let width = |wanted| launch.constants.iter().find(|(name, _)| *name == wanted).map(|(_, width)| *width as u32);
         let width = width("K").or_else(|| width("D")).expect("a kernel whose lanes share a row has its width");
         let lanes = if options.wide { 32 } else { 8 };
-        constants.push(("WARPS", f64::from(width.div_ceil(16).div_ceil(lanes).clamp(1, 8))));
+        constants.push(("SLOTS", f64::from(width.div_ceil(16).div_ceil(lanes).clamp(1, 8))));
     }
     let bindings = shader::bindings(&parsed);
     let scope = device.push_error_scope(wgpu::ErrorFilter::Validation);

@@ -3,11 +3,12 @@
 //   tiles = of each expert in order, its routes in order, N to a tile (slot); then tiles of no routes
 //
 // grid      1 workgroup
-// in        experts  u32   [T, A]
+// in        experts  slot  [T, A]                        given, or to be chosen by scores [T, E]
 // out       tiles    slot  [(T A + (N - 1) min(T A, E)) / N]     as many as there can be
-// override  E, A
-// slots     tiles
-// requires  E <= 1024, every expert below E
+//           experts, weights [T, A]                      where they are chosen here: what router writes
+// override  E, A; ALL where experts are chosen
+// slots     tiles, given
+// requires  E <= 1024, every expert below E, T A below 65536; T ceil(E / 4) and T A at most 256 where experts are chosen
 // twin      src/ops/group.rs
 //
 // A lane looks for four experts in a span of the routes: for all experts there are as many spans as lanes allow, and no more
@@ -15,19 +16,25 @@
 // its routes, and when every lane has, it looks at them again and places them.
 #import step
 #import tiles
-override E: u32;
-override A: u32;
+#import routing
+#import given
 const WG = 256u;
 const EXPERTS = 4u;
-@group(0) @binding(1) var<storage, read> experts: array<u32>;
 @group(0) @binding(2) var<storage, read_write> tiles: array<Tile>;
 
 var<workgroup> places: array<u32, 1024>; // [E, spans]: how many routes there are, then where the next one goes
-var<workgroup> totals: array<u32, 1024>; // [E]
-var<workgroup> firsts: array<u32, 1024>; // [E]: each expert's first tile
+var<workgroup> heads: array<u32, 1024>; // [E]: how many routes an expert has, and above them its first tile
 
 fn spans() -> u32 {
     return min(WG / ((E + EXPERTS - 1u) / EXPERTS), (step.tokens * A + 3u) / 4u);
+}
+
+fn total_of(expert: u32) -> u32 {
+    return heads[expert] & 0xffffu;
+}
+
+fn first_of(expert: u32) -> u32 {
+    return heads[expert] >> 16u;
 }
 
 fn tiles_for(routes: u32) -> u32 {
@@ -38,7 +45,7 @@ fn tiles_for(routes: u32) -> u32 {
 fn four_at(route: u32, last: u32) -> vec4<u32> {
     let at = vec4<u32>(route) + vec4<u32>(0u, 1u, 2u, 3u);
     let near = min(at, vec4<u32>(last));
-    let found = vec4<u32>(experts[near.x], experts[near.y], experts[near.z], experts[near.w]);
+    let found = vec4<u32>(given(near.x), given(near.y), given(near.z), given(near.w));
     return select(found, vec4<u32>(0xffffffffu), at > vec4<u32>(last));
 }
 
@@ -52,12 +59,13 @@ fn put(expert: u32, route: u32, lane: u32) {
     if expert - lane / spans() * EXPERTS < EXPERTS {
         let place = places[expert * spans() + lane % spans()];
         places[expert * spans() + lane % spans()] = place + 1u;
-        tiles[firsts[expert] + place / TILE_ROUTES].routes[place % TILE_ROUTES] = route;
+        tiles[first_of(expert) + place / TILE_ROUTES].routes[place % TILE_ROUTES] = route;
     }
 }
 
 @compute @workgroup_size(WG)
 fn main(@builtin(local_invocation_index) lane: u32) {
+    prepare(lane);
     let routes = step.tokens * A;
     let span = lane % spans();
     let length = (routes + spans() - 1u) / spans();
@@ -82,24 +90,29 @@ fn main(@builtin(local_invocation_index) lane: u32) {
             places[e * spans() + s] = total;
             total += routes_here;
         }
-        totals[e] = total;
+        heads[e] = total;
     }
     workgroupBarrier(); // all experts' routes are counted
+    var firsts: array<u32, 4>; // 1024 / WG
     for (var e = lane; e < E; e += WG) {
         var first = 0u;
         for (var other = 0u; other < e; other++) {
-            first += tiles_for(totals[other]);
+            first += tiles_for(total_of(other));
         }
-        firsts[e] = first;
+        firsts[e / WG] = first;
+    }
+    workgroupBarrier(); // nobody counts tiles any more
+    for (var e = lane; e < E; e += WG) {
+        heads[e] |= firsts[e / WG] << 16u;
     }
     workgroupBarrier(); // every expert knows its tiles
     for (var e = mine; e < min(mine + EXPERTS, E); e++) {
         // The heads of the expert's tiles, by turns with the other spans, and zeros behind its last route.
-        for (var i = span; i < tiles_for(totals[e]); i += spans()) {
-            let tile = firsts[e] + i;
+        for (var i = span; i < tiles_for(total_of(e)); i += spans()) {
+            let tile = first_of(e) + i;
             tiles[tile].expert = e;
-            tiles[tile].count = min(totals[e] - i * TILE_ROUTES, TILE_ROUTES);
-            for (var j = totals[e] - i * TILE_ROUTES; j < TILE_ROUTES; j++) {
+            tiles[tile].count = min(total_of(e) - i * TILE_ROUTES, TILE_ROUTES);
+            for (var j = total_of(e) - i * TILE_ROUTES; j < TILE_ROUTES; j++) {
                 tiles[tile].routes[j] = 0u;
             }
         }
@@ -111,7 +124,7 @@ fn main(@builtin(local_invocation_index) lane: u32) {
         put(four.z, route + 2u, lane);
         put(four.w, route + 3u, lane);
     }
-    let used = firsts[E - 1u] + tiles_for(totals[E - 1u]);
+    let used = first_of(E - 1u) + tiles_for(total_of(E - 1u));
     let most = (routes + (TILE_ROUTES - 1u) * min(routes, E)) / TILE_ROUTES;
     for (var tile = used + lane; tile < most; tile += WG) {
         tiles[tile].expert = 0u;

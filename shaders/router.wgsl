@@ -22,9 +22,9 @@ fn score(i: u32) -> f32 {
 
 @compute @workgroup_size(WG)
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) lane: u32) {
-    choose(group.x, lane, WG);
+    choose(group.x, 1u, lane, WG);
     if lane < A {
         experts[group.x * A + lane] = chosen[lane];
-        weights[group.x * A + lane] = weight_of(lane);
+        weights[group.x * A + lane] = weight_of(0u, lane);
     }
 }

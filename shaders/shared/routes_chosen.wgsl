@@ -10,11 +10,11 @@ fn score(i: u32) -> f32 {
 }
 
 fn expert_of(tile: u32, lane: u32, first: bool) -> u32 {
-    choose(tile / A, lane, LANES * WARPS);
+    choose(tile / A, 1u, lane, LANES * WARPS);
     if first && tile % A == 0u {
         for (var a = lane; a < A; a += LANES * WARPS) {
             experts[tile + a] = chosen[a];
-            weights[tile + a] = weight_of(a);
+            weights[tile + a] = weight_of(0u, a);
         }
     }
     return chosen[tile % A];

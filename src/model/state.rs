@@ -7,9 +7,9 @@ use crate::device::{Buffer, Device};
 use crate::error::{Error, Result};
 use crate::format::Format;
 use crate::ops::{
-    ActScale, Activations, Addend, CacheFormat, ExpertScales, Experts, Group, HeadNorm, Input, InputScales, KvCache,
-    MoeScatter, NormLinear, PARTS, Piece, Projection, RmsNorm, Rotated, Router, Routes, Routing, Row, StageActivation,
-    Staging, Step, Swiglu, Weight, segments_within, staged_words,
+    ActScale, Activations, Addend, CacheFormat, ChosenGroup, ExpertScales, Experts, Group, HeadNorm, Input,
+    InputScales, KvCache, MoeScatter, NormLinear, PARTS, Piece, Projection, RmsNorm, Rotated, Router, Routes, Routing,
+    Row, StageActivation, Staging, Step, Swiglu, Weight, segments_within, staged_words,
 };
 use crate::program::{HostStages, Program, Role, Slice};
 use std::sync::Arc;
@@ -465,26 +465,33 @@ impl State {
         }
         p.stage(name("mlp.router.logits"), self.scores, choice.e as usize);
         let up = experts[0];
-        let routing = match self.routing(p, form.a, experts) {
-            Routing::Each(_) if self.fuses(p) && up.weight.parts.len() == 1 => {
-                Routing::Chosen(choice, self.scores, self.routes)
-            }
-            routing => {
-                p.router(choice, self.scores, self.routes);
-                routing
-            }
-        };
         let chosen = |p: &mut Program| {
             p.index_stage(name("mlp.router.experts"), self.routes.experts, form.a as usize);
             p.stage(name("mlp.router.weights"), self.routes.weights, form.a as usize);
         };
-        if !matches!(routing, Routing::Chosen(..)) {
-            chosen(p);
-        }
-        if let Routing::Grouped(tiles, _) | Routing::ByMatrix(tiles) = routing {
-            let group = Group { e: up.weight.experts, a: form.a, routes: routing.routes() };
-            p.group(group, self.step, self.routes.experts, tiles);
-        }
+        let routing = match self.routing(p, form.a, experts) {
+            Routing::Each(_) if self.fuses(p) && up.weight.parts.len() == 1 => {
+                Routing::Chosen(choice, self.scores, self.routes)
+            }
+            routing @ (Routing::Grouped(tiles, _) | Routing::ByMatrix(tiles)) => {
+                let group = Group { e: up.weight.experts, a: form.a, routes: routing.routes() };
+                if !p.host.routing && ChosenGroup::takes(&choice, p.tokens()) {
+                    let op = ChosenGroup { router: choice, group };
+                    p.choose_and_group(op, self.step, self.scores, self.routes, tiles);
+                    chosen(p);
+                } else {
+                    p.router(choice, self.scores, self.routes);
+                    chosen(p);
+                    p.group(group, self.step, self.routes.experts, tiles);
+                }
+                routing
+            }
+            routing => {
+                p.router(choice, self.scores, self.routes);
+                chosen(p);
+                routing
+            }
+        };
         let (given, each) = self.expert_scales(up);
         let rows = if each { Rows::Spread { a: form.a } } else { Rows::Tokens };
         let input = self.quantised(p, &up.weight, self.h, rows, given, &name("mlp_norm.staged"));

@@ -2,11 +2,11 @@
 
 use super::{Op, Router, Routes, Views};
 use crate::program::{Launch, Program, Slice};
-use crate::shader::{Kernel, TILES};
+use crate::shader::{GIVEN, Kernel, TILES};
 use std::borrow::Cow;
 
 pub(crate) const KERNEL: Kernel =
-    Kernel { name: "group", source: include_str!("../../shaders/group.wgsl"), slots: &[TILES] };
+    Kernel { name: "group", source: include_str!("../../shaders/group.wgsl"), slots: &[TILES, GIVEN] };
 
 /// Constants.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -18,6 +18,15 @@ pub struct Group {
     /// Most routes of a tile: 2 or 4, or 64 for matrix units. A tile is as many words, behind its expert and how many of
     /// them are routes, `t A + a`, in order: the others are zeros. 0 routes: a tile that is not used.
     pub routes: u32,
+}
+
+/// Constants of choosing the experts of few rows, and grouping their routes.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct ChosenGroup {
+    /// The choice.
+    pub router: Router,
+    /// What becomes of it.
+    pub group: Group,
 }
 
 /// How the routes of a step are given to the experts' matrices. It changes no bit.
@@ -89,6 +98,14 @@ impl Launch {
         self.fill("tile", tile).constant("ROWS", rows).constant("SPANS", spans)
     }
 
+    fn grouped(self, op: Group, step: Slice, tiles: Slice) -> Self {
+        self.constant("E", op.e)
+            .constant("A", op.a)
+            .fill("tiles", file_of(op.routes))
+            .read("step", step)
+            .write("tiles", tiles)
+    }
+
     /// Bind routes and fill slot `routes`.
     pub(crate) fn routes(self, routing: Routing) -> Self {
         match routing {
@@ -112,14 +129,17 @@ impl Launch {
 impl Program {
     /// The routes of the step by expert. `step`: uniform with T; `experts`: `[T, A]` u32; `tiles`: [`Group::tiles`].
     pub fn group(&mut self, op: Group, step: Slice, experts: Slice, tiles: Slice) {
-        let launch = Launch::new(Op::Group(op), &KERNEL, [1, 1, 1])
-            .constant("E", op.e)
-            .constant("A", op.a)
-            .fill("tiles", file_of(op.routes))
-            .read("step", step)
-            .read("experts", experts)
-            .write("tiles", tiles);
-        self.push(launch);
+        let launch = Launch::new(Op::Group(op), &KERNEL, [1, 1, 1]).fill("given", "given_experts");
+        self.push(launch.grouped(op, step, tiles).read("experts", experts));
+    }
+
+    /// [`Program::router`] and [`Program::group`] in one launch, of a step that [`ChosenGroup::takes`].
+    pub fn choose_and_group(&mut self, op: ChosenGroup, step: Slice, scores: Slice, routes: Routes, tiles: Slice) {
+        let launch = Launch::new(Op::ChosenGroup(op), &KERNEL, [1, 1, 1])
+            .fill("given", "given_scores")
+            .constant("ALL", u32::from(!op.router.normalise));
+        let launch = launch.grouped(op.group, step, tiles).read("scores", scores);
+        self.push(launch.write("experts", routes.experts).write("weights", routes.weights));
     }
 }
 
@@ -158,6 +178,27 @@ impl Group {
                 tile[2..2 + some.len()].copy_from_slice(some);
             }
         }
+    }
+}
+
+impl ChosenGroup {
+    /// Whether one workgroup chooses for so many rows.
+    pub fn takes(router: &Router, tokens: u32) -> bool {
+        tokens * router.e.div_ceil(4) <= 256 && tokens * router.a <= 256
+    }
+
+    pub(crate) fn twin(&self, tokens: usize, views: &mut Views<'_>) {
+        let scores = &views.f32("scores")[..tokens * self.router.e as usize];
+        let (experts, weights) = (views.words_mut("experts"), views.f32_mut("weights"));
+        let experts = &mut experts[..tokens * self.router.a as usize];
+        let words = self.group.tiles(tokens as u32) as usize * self.group.words();
+        self.reference(scores, experts, weights, &mut views.words_mut("tiles")[..words]);
+    }
+
+    /// `scores [T, E]`, `experts`, `weights`: `[T, A]`; `tiles` as [`Group::reference`] makes them.
+    pub fn reference(&self, scores: &[f32], experts: &mut [u32], weights: &mut [f32], tiles: &mut [u32]) {
+        self.router.reference(scores, experts, weights);
+        self.group.reference(experts, tiles);
     }
 }
 

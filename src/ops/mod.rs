@@ -40,7 +40,7 @@ pub use attention::{Attention, AttentionMerge, Seen};
 pub use draw::Draw;
 pub use embed::Embed;
 pub use glu::{Gate, Glu};
-pub use group::{Group, Routing};
+pub use group::{ChosenGroup, Group, Routing};
 pub use head_norm::HeadNorm;
 pub use input::{Input, InputFormat, decode_staged, staged_words};
 pub use layout::Layout;
@@ -106,6 +106,7 @@ pub enum Op {
     Embed(Embed),
     Glu(Glu),
     Group(Group),
+    ChosenGroup(ChosenGroup),
     HeadNorm(HeadNorm),
     Linear(Linear),
     MoeDown(MoeDown),
@@ -135,6 +136,7 @@ impl Op {
             Op::Embed(op) => op.twin(tokens, views),
             Op::Glu(op) => op.twin(tokens, views),
             Op::Group(op) => op.twin(tokens, views),
+            Op::ChosenGroup(op) => op.twin(tokens, views),
             Op::HeadNorm(op) => op.twin(tokens, views),
             Op::Linear(op) => op.twin(tokens, views),
             Op::MoeDown(op) => op.twin(tokens, views),

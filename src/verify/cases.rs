@@ -13,7 +13,7 @@ use crate::ops::{
 };
 use crate::program::{HostStages, Program, Role, Slice};
 use crate::trace::record::stats_program;
-use experts::{group, moe, moe_by_matrix, moe_scatter, router};
+use experts::{chosen_group, group, moe, moe_by_matrix, moe_scatter, router};
 
 const EPS: f64 = f32::EPSILON as f64;
 
@@ -113,7 +113,7 @@ pub(super) fn cases(matrix: bool) -> Vec<(&'static str, Vec<Case>)> {
         ("linear", linear()),
         ("norm_linear", norm_linears()),
         ("router", [true, false].map(router).into()),
-        ("group", [(6, 3, 2), (33, 4, 4), (6, 3, 64)].map(group).into()),
+        ("group", [(6, 3, 2), (33, 4, 4), (6, 3, 64)].map(group).into_iter().chain([chosen_group()]).collect()),
         ("moe_up", moe(false)),
         ("moe_down", moe(true)),
         ("moe_scatter", vec![moe_scatter()]),

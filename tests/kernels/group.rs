@@ -2,10 +2,13 @@
 
 use super::{FORMATS, Format, check_on, experts, linear_case, matrix, output_of, program, routes, step, weight};
 use crate::harness::{Bench, Random, cpu, gpus, small_binding_gpu, sum_tolerance};
+use fourfold::device::Device;
 use fourfold::ops::{
-    ActScale, Experts, Gate, GateUp, Group, Input, Op, Routing, StageActivation, Staging, Swiglu, staged_words,
+    ActScale, ChosenGroup, Experts, Gate, GateUp, Group, Input, Op, Router, Routes, Routing, StageActivation, Staging,
+    Swiglu, staged_words,
 };
 use fourfold::program::{Program, Slice};
+use std::sync::Arc;
 
 fn tiles_case(b: &mut Bench, op: Group, chosen: &[u32]) -> (Program, Vec<Slice>) {
     let t = chosen.len() / op.a as usize;
@@ -71,6 +74,44 @@ fn tiles_hold_each_route_once_in_order() {
                 let got = output_of(device, |b| tiles_case(b, op, &chosen));
                 assert!(got == want, "{what}: other tiles on {gpu}");
             }
+        }
+    }
+}
+
+#[test]
+fn experts_chosen_on_the_way_are_those_of_the_router() {
+    let shapes = [(2, 4, 4), (3, 7, 3), (8, 32, 4), (32, 32, 4), (8, 128, 8), (1, 1024, 16), (64, 15, 4)];
+    for ((t, e, a), normalise) in shapes.into_iter().flat_map(|shape| [true, false].map(|all| (shape, all))) {
+        let router = Router { e: e as u32, a: a as u32, normalise };
+        let group = Group { e: e as u32, a: a as u32, routes: if e % 2 == 0 { 2 } else { 4 } };
+        assert!(ChosenGroup::takes(&router, t as u32) && !ChosenGroup::takes(&router, 300));
+        let case = |b: &mut Bench, at_once: bool| {
+            let mut scores = Random((t * e) as u64).f32s(t * e);
+            // Ties, within the chosen and across the border.
+            scores.iter_mut().step_by(3).for_each(|s| *s = (*s * 2.0).round() / 2.0);
+            let (scores, step) = (b.input(&scores), step(b, t));
+            let routes = Routes { experts: b.output(t * a), weights: b.output(t * a) };
+            let tiles = b.output(group.tiles(t as u32) as usize * group.words());
+            let mut p = program(t);
+            if at_once {
+                p.choose_and_group(ChosenGroup { router, group }, step, scores, routes, tiles);
+            } else {
+                p.router(router, scores, routes);
+                p.group(group, step, routes.experts, tiles);
+            }
+            (p, vec![routes.weights, routes.experts, tiles])
+        };
+        let run = |device: &Arc<dyn Device>, at_once| {
+            let mut b = Bench::new(device);
+            let (p, outputs) = case(&mut b, at_once);
+            b.run(&p, &outputs)
+        };
+        let want = run(&cpu(), false);
+        assert!(run(&cpu(), true) == want, "T={t} E={e} A={a} on the twins");
+        for (gpu, device) in gpus() {
+            let got = run(device, true);
+            assert!(got == run(device, false), "T={t} E={e} A={a} {normalise}: other bits than apart on {gpu}");
+            assert!(got[1..] == want[1..], "T={t} E={e} A={a} {normalise}: other routes than the twin's on {gpu}");
         }
     }
 }
@@ -253,7 +294,9 @@ fn a_row_of_linear_has_its_bits_in_every_tile() {
     for (gpu, device) in gpus() {
         let ends = FORMATS.map(|format| (format, false, [531, 352])).into_iter();
         let full = [Format::Mxfp4, Format::Nvfp4].map(|format| (format, false, [544, 96]));
-        for (format, staged, [n, k]) in ends.chain([(Format::Nvfp4, true, [531, 352])]).chain(full) {
+        // More spans than slots, with 8 lanes and with 32.
+        let long = [(Format::Bf16, false, [520, 1424]), (Format::Bf16, false, [9, 5136])];
+        for (format, staged, [n, k]) in ends.chain([(Format::Nvfp4, true, [531, 352])]).chain(full).chain(long) {
             let k = usize::next_multiple_of(k, format.block());
             let case = |b: &mut Bench, which: &[usize]| {
                 let mut random = Random(11);

@@ -3,7 +3,7 @@
 use super::{BY_MATRIX, Case, EPS, FORMATS, Output, case, columns, pick, program, rows, sum_of};
 use crate::error::Result;
 use crate::format::Format;
-use crate::ops::{Gate, GateUp, Group, MoeScatter, Router, Routes, Routing, Swiglu};
+use crate::ops::{ChosenGroup, Gate, GateUp, Group, MoeScatter, Router, Routes, Routing, Swiglu};
 use crate::program::Program;
 use crate::verify::bench::{Bench, Random};
 use crate::verify::kernels::ROWS;
@@ -38,6 +38,22 @@ pub(super) fn group((e, a, routes): (usize, usize, u32)) -> Case {
         Ok((p, vec![Output::exact(tiles, 0).whole()]))
     });
     Case { by_row: false, ..tiles }
+}
+
+/// The choice and the routes by expert in one launch. What a row is given does not follow its neighbours; its place does.
+pub(super) fn chosen_group() -> Case {
+    let (e, a) = (15usize, 4usize);
+    let router = Router { e: e as u32, a: a as u32, normalise: true };
+    let group = Group { e: e as u32, a: a as u32, routes: 2 };
+    case(format!("E={e} A={a}, chosen on the way"), 16.0 * EPS, move |b, which| {
+        let scores = b.input(&pick(&Random(7).f32s(ROWS * e), e, which))?;
+        let routes = Routes { experts: b.output(which.len() * a)?, weights: b.output(which.len() * a)? };
+        let words = group.tiles(which.len() as u32) as usize * group.tile_bytes() as usize / 4;
+        let (tiles, step) = (b.output(words)?, b.step(which.len())?);
+        let mut p = program(which.len());
+        p.choose_and_group(ChosenGroup { router, group }, step, scores, routes, tiles);
+        Ok((p, vec![Output::exact(routes.experts, a), Output::near(routes.weights, a)]))
+    })
 }
 
 /// How experts take routes.

@@ -3,17 +3,18 @@
 //   s_j      = q . k_j / sqrt(DH)          j <= position, and position - j < WINDOW
 //   a[t,h]   = sum_j e^(s_j - m) v_j / (e^(sink_h - m) + sum_j e^(s_j - m)),    m = max(sink_h, max_j s_j)
 //
-// grid      H / HEADS x ROWS x segments workgroups: HEADS query heads that share keys, of one row, over one segment
+// grid      PART (H / HK) / HEADS x ROWS x segments workgroups: HEADS query heads that share keys, of one row, over one segment
 // in        rows    Row   [T]
 //           qkv     f32   [T, (H + 2 HK) DH]       rotated queries first
-//           keys    slot  [.., PAGE, HK DH]        by the sequence's pages
-//           values  slot  [.., PAGE, HK DH]
+//           keys    slot  [.., PAGE, PART DH]      by the sequence's pages: the heads of this part
+//           values  slot  [.., PAGE, PART DH]
 //           pages   u32   [S, PAGES]
 //           sinks   slot  [H]
-// out       a       slot  [T, H DH], or each segment's part of it
-// override  H, HK, DH, PAGE, PAGES, WINDOW, HEADS, FIRST; WINDOW 0: every earlier key is visible; FIRST: the first row
+// out       a       slot  [T, H DH], or each segment's part of it: of the queries of these heads
+// override  H, HK, DH, PAGE, PAGES, PART, PART_FIRST, WINDOW, HEADS, FIRST; WINDOW 0: every earlier key is visible; FIRST: the
+//           first row
 // slots     cache, sink, result
-// requires  DH a multiple of 4 and at most 256; H a multiple of HK, H / HK of HEADS, HEADS at most 4
+// requires  DH a multiple of 4 and at most 256; H a multiple of HK, HK of PART, H / HK of HEADS, HEADS at most 4
 // twin      src/ops/attention.rs
 //
 // Keys come in tiles of 128 counted from the first visible one, so the order of every sum follows from the position
@@ -59,7 +60,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     let quads = DH / 4u;
     let t = FIRST + group.y;
     let row = rows[t];
-    let head = group.x * HEADS;
+    let head = PART_FIRST * (H / HK) + group.x * HEADS;
     let kv_head = head / (H / HK);
     let begin = first_key(row.position);
     let share = share_of(group.z, row.position + 1u - begin);
@@ -91,7 +92,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     var sum3 = vec4<f32>(0.0);
     for (var tile = first; tile < last; tile += KEYS) {
         workgroupBarrier(); // the queries are there, or all lanes are done with the tile before
-        let place = (cache_row(row.sequence, min(tile + lane, last - 1u)) * HK + kv_head) * quads;
+        let place = (cache_row(row.sequence, min(tile + lane, last - 1u)) * PART + kv_head - PART_FIRST) * quads;
         var dots = vec4<f32>(0.0);
         for (var i = 0u; i < quads * few / 4u; i += BATCH) {
             var ks: array<vec4<f32>, BATCH>;

@@ -13,7 +13,7 @@
 // out       sum     f32   [K]     may not alias x
 //           h       f32   [K]
 //           y       slot  [N]; or queries, and keys and values in the cache
-// override  K, N, EPS, ROWS; A where the addend is summed; H, HK, DH, PAGE, PAGES where y is rotated
+// override  K, N, EPS, ROWS; A where the addend is summed; H, HK, DH, PAGE, PAGES, PART, PART_FIRST where y is rotated
 // slots     weights, e2m1, addend, bias, output, append, tile, lanes, fold, reduce
 // requires  K a multiple of 16; rotated: ROWS a multiple of 4, DH of 4, N = (H + 2 HK) DH
 // twin      src/ops/norm_linear.rs

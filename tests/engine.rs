@@ -1,10 +1,16 @@
 //! Sessions as an application uses them: reuse, cutting back, cancelling, errors, several engines on one device.
 
-use crate::harness::{Named, cpu, gpu, gpus};
+use crate::harness::{Named, cpu, gpu, gpus, small_binding_gpu};
 use crate::models::{copy_to_write, fixture};
 use fourfold::device::gpu::Options;
-use fourfold::{Chat, DeviceChoice, Engine, Error, Finish, Gpu, ReplyOptions, Sampling, Session, Token, Want, wgpu};
+use fourfold::device::{Device, Limits, cpu::Cpu};
+use fourfold::ops::Op;
+use fourfold::program::Program;
+use fourfold::{
+    Chat, DeviceChoice, Edit, Engine, Error, Finish, Gpu, ReplyOptions, Sampling, Session, Token, Want, wgpu,
+};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 /// The twins, and the GPU as it is.
 fn devices() -> Vec<Named> {
@@ -329,10 +335,41 @@ fn an_application_may_bring_a_device_with_no_features() {
 
 #[test]
 fn too_large_a_buffer_is_an_error_before_it_is_made() {
-    let Some(small) = crate::harness::small_binding_gpu(1 << 16) else { return };
+    let Some(small) = small_binding_gpu(1 << 16) else { return };
     let builder = Engine::builder().checkpoint(fixture("tiny")).device(own(&small));
-    let error = builder.context(400).chunk(8).build().unwrap_err().to_string();
-    assert!(error.contains("KV cache") && error.contains("65536"), "{error}");
+    let error = builder.context(600).chunk(8).build().unwrap_err().to_string();
+    assert!(error.contains("rope table takes 76800") && error.contains("65536"), "{error}");
+}
+
+#[test]
+fn a_context_that_no_binding_holds_changes_nothing() {
+    // A full layer's keys take 600 x 256 bytes; q, k and v stay whole, so that a decode step is fused, but for the rotation.
+    let binds = 100_000;
+    let small: Arc<dyn Device> =
+        Arc::new(Cpu::with_limits(Limits { max_binding_bytes: binds, max_storage_buffers: 8, ..cpu().limits() }));
+    let on_gpu = gpu().zip(small_binding_gpu(binds)).map(|(gpu, small)| ("gpu", gpu, small));
+    for (where_, device, small) in [("twins", cpu(), small)].into_iter().chain(on_gpu) {
+        let run = |device| {
+            let engine = engine("tiny", own(device), 600, 16);
+            let mut session = engine.session().unwrap();
+            let said = tokens(&mut session, &prompt(3, 430), &options(12, Sampling::greedy()));
+            let logits = session.feed(&prompt(5, 20), Want::All).unwrap();
+            (ids(&said), bits(&logits), engine.needs().cache)
+        };
+        assert!(run(&small) == run(&device), "other tokens, bits or needs on {where_}");
+        let launches = |device| {
+            let ropes = Arc::new(AtomicUsize::new(0));
+            let counted = ropes.clone();
+            let count = move |p: &mut Program| {
+                let ropes = p.launches.iter().filter(|launch| matches!(launch.op, Op::Rope(_)));
+                counted.fetch_max(ropes.count(), Ordering::Relaxed);
+            };
+            engine("tiny", own(device), 600, 16).session_edited(Edit::new(count)).unwrap();
+            ropes.load(Ordering::Relaxed)
+        };
+        // Every other layer sees everything.
+        assert_eq!(launches(&small) * 2, launches(&device) * 3, "on {where_}");
+    }
 }
 
 #[test]
@@ -423,9 +460,15 @@ mod default_model {
     fn a_chat_comes_back_to_its_last_prompt_after_a_long_answer() {
         // The next prompt leaves the answer out, as Harmony leaves out reasoning: it shares the last prompt only, and
         // the rings (window 128, chunk 8) have long lost what that needs.
-        let engine = Engine::builder().device(DeviceChoice::Cpu).context(512).chunk(8).build().unwrap();
+        come_back(&cpu());
+        // A binding holds less than a ring, which is in two parts then.
+        come_back(&(Arc::new(Cpu::with_limits(Limits { max_binding_bytes: 70_000, ..cpu().limits() })) as _));
+    }
+
+    fn come_back(device: &Arc<dyn Device>) {
+        let engine = Engine::builder().device(own(device)).context(256).chunk(8).build().unwrap();
         let mut chat = Chat::new(engine.session().unwrap(), ChatOptions::default()).unwrap();
-        let long = ReplyOptions { stop_tokens: Some(vec![]), ..options(190, Sampling::greedy()) };
+        let long = ReplyOptions { stop_tokens: Some(vec![]), ..options(160, Sampling::greedy()) };
         let question = "Tell me a story about a lighthouse keeper who lost his lamp.";
         chat.ask(question, &long).unwrap().for_each(drop);
         let mut session = chat.into_session();

@@ -2,14 +2,14 @@
 //! prefixes are computed once; what does not fit is refused or waits; pages come back.
 
 use crate::drafts::{How, Knows, second};
-use crate::harness::{Named, Random, cpu, gpus};
+use crate::harness::{Named, Random, cpu, gpu, gpus, small_binding_gpu};
 use crate::models;
 use fourfold::device::{Device, Later, Limits};
 use fourfold::program::{BufferId, Program, Slice};
 use fourfold::speculate::{DraftModel, Drafts, PromptLookup};
 use fourfold::{
-    Activations, CacheFormat, DeviceChoice, Engine, Error, Finish, Part, ReplyOptions, Request, Result, Sampling,
-    Scheduler, SchedulerOptions, Speculation, Token, Want, hash,
+    Activations, DeviceChoice, Engine, Error, Finish, Part, ReplyOptions, Request, Result, Sampling, Scheduler,
+    SchedulerOptions, Speculation, Token, Want, hash,
 };
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -650,17 +650,60 @@ fn what_cannot_work_is_an_error_that_names_it() {
 fn a_cache_is_no_larger_than_a_binding() {
     let limits = Limits { max_binding_bytes: 1 << 17, ..cpu().limits() };
     let device: Arc<dyn Device> = Arc::new(fourfold::device::cpu::Cpu::with_limits(limits));
-    let builder = Engine::builder().checkpoint(tiny()).device(DeviceChoice::Own(device)).context(200).chunk(16);
-    let engine = builder.cache(CacheFormat::F32).build().unwrap();
+    let builder = || Engine::builder().checkpoint(tiny()).device(DeviceChoice::Own(device.clone())).chunk(16);
+    let engine = builder().context(200).build().unwrap();
     let config = engine.config();
-    let page_bytes = config.num_key_value_heads * config.head_dim * 4 * 16;
+    // A binding for each key/value head.
+    let page_bytes = config.head_dim * 4 * 16;
     let fit = (1 << 17) / page_bytes;
     let options = SchedulerOptions { pages: Some(1 << 40), sessions: 4, ..SchedulerOptions::default() };
     let scheduler = engine.scheduler(&options).unwrap();
     assert_eq!(scheduler.pages()[0].free, fit);
     let large = SchedulerOptions { page: 1024, ..options };
-    let e = engine.scheduler(&large);
-    assert!(e.is_ok() == (page_bytes * 64 * 2 <= 1 << 17), "{e:?}");
+    let e = engine.scheduler(&large).unwrap_err().to_string();
+    for word in ["page:", "binds 1 pages of a layer", "smaller page"] {
+        assert!(e.contains(word), "{e} does not say {word}");
+    }
+    // 21 pages of 48 positions are bound, and 1023 positions take one more.
+    let engine = builder().context(1024).build().unwrap();
+    let mut scheduler = engine.scheduler(&SchedulerOptions { page: 48, sessions: 1, ..options }).unwrap();
+    let e = scheduler.add(&prompt(1, 1000), &greedy(24)).unwrap_err().to_string();
+    for word in ["pages:", "22 pages of 48", "has 21, as many as the device binds", "bf16"] {
+        assert!(e.contains(word), "{e} does not say {word}");
+    }
+}
+
+#[test]
+fn a_pool_that_no_binding_holds_changes_nothing() {
+    // q, k and v stay whole, so that a step of one row is fused, but for the rotation.
+    let binds = 100_000;
+    let limits = Limits { max_binding_bytes: binds, max_storage_buffers: 8, ..cpu().limits() };
+    let small: Arc<dyn Device> = Arc::new(fourfold::device::cpu::Cpu::with_limits(limits));
+    let on_gpu = gpu().zip(small_binding_gpu(binds)).map(|(gpu, small)| ("gpu", gpu, small));
+    for (where_, device, small) in [("twins", cpu(), small)].into_iter().chain(on_gpu) {
+        for dir in fixtures() {
+            let unlimited = engine(&dir, &device, 300);
+            let cases: Vec<Case> = (0..5)
+                .map(|i| alone(&unlimited, prompt(i, 110 + 3 * i), if i == 2 { warm(24, 7) } else { greedy(24) }))
+                .collect();
+            let small: Arc<dyn Device> = Arc::new(Changed { poisoned: true, ahead: 1, ..Changed::new(&small) });
+            let engine = engine(&dir, &small, 300);
+            let mut scheduler =
+                scheduler(&engine, &SchedulerOptions { chunk: Some(32), ..SchedulerOptions::default() });
+            let requests: Vec<Request> = cases.iter().map(|case| add(&mut scheduler, case)).collect();
+            let mut held = 0;
+            while scheduler.step().unwrap() {
+                scheduler.check_pages().unwrap();
+                held = held.max(scheduler.pages()[0].held);
+            }
+            let config = engine.config();
+            let fit = binds as usize / (config.num_key_value_heads * config.head_dim * 4 * 16);
+            assert!(held > fit, "{held} pages were held, and a binding holds {fit}: the test shows nothing");
+            for (i, (case, request)) in cases.iter().zip(&requests).enumerate() {
+                told(case, request).unwrap_or_else(|e| panic!("{i} of {} on {where_}: {e}", dir.display()));
+            }
+        }
+    }
 }
 
 #[test]

@@ -16,15 +16,15 @@ fn rotate(t: u32, head: u32, i: u32, a: vec2<f32>, b: vec2<f32>) {
     let sin = vec2<f32>(cs0.y, cs1.y);
     let lo = fma(a, cos, -(b * sin));
     let hi = fma(b, cos, a * sin);
-    let slot = cache_row(row.sequence, row.position) * HK;
+    let slot = cache_row(row.sequence, row.position) * PART;
     if head < H {
         put_query((t * (H + 2u * HK) + head) * DH + i, lo, hi);
     } else if head < H + HK {
-        let to = (slot + head - H) * DH + i;
+        let to = (slot + head - H - PART_FIRST) * DH + i;
         append_key(to, lo);
         append_key(to + DH / 2u, hi);
     } else {
-        let to = (slot + head - H - HK) * DH + i;
+        let to = (slot + head - H - HK - PART_FIRST) * DH + i;
         append_value(to, a);
         append_value(to + DH / 2u, b);
     }

@@ -60,7 +60,7 @@ impl Layers for GptOss {
         let name = |what: &'static str| move || format!("layers.{idx}.{what}");
         let [d, e, a] = [c.hidden_size, c.num_local_experts, c.num_experts_per_tok];
         let form = Swiglu::gpt_oss(a as u32, [c.swiglu_limit, c.swiglu_alpha]);
-        let kv = s.kv[idx];
+        let kv = &s.kv[idx];
 
         s.queries(p, c, idx, addend, (l.attn_norm, &l.qkv, None));
         p.attention(attention(c, idx, kv), [s.rows, s.qkv, s.parts], kv, Some(l.sinks), s.a);

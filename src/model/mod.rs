@@ -195,8 +195,9 @@ fn window(c: &Config, idx: usize) -> u32 {
     if c.layer_types[idx] == LayerType::Sliding { c.sliding_window as u32 } else { 0 }
 }
 
-fn attention(c: &Config, idx: usize, kv: KvCache) -> Attention {
+fn attention(c: &Config, idx: usize, kv: &[KvCache]) -> Attention {
     let [h, hk, dh] = heads(c);
-    let KvCache { page, pages, format, .. } = kv;
-    Attention { h, hk, dh, window: window(c, idx), page, pages, format, segments: 0, first: 0, rows: 0 }
+    let KvCache { page, pages, format, .. } = kv[0];
+    let (held, window) = ([0, hk], window(c, idx));
+    Attention { h, hk, dh, held, window, page, pages, format, segments: 0, first: 0, rows: 0 }
 }

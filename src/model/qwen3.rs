@@ -56,7 +56,7 @@ impl Layers for Qwen3 {
     fn block(&self, p: &mut Program, idx: usize, s: &State, addend: Option<Addend>) -> Addend {
         let (l, c) = (&self.layers[idx], &self.config);
         let name = |what: &'static str| move || format!("layers.{idx}.{what}");
-        let kv = s.kv[idx];
+        let kv = &s.kv[idx];
 
         s.queries(p, c, idx, addend, (l.attn_norm, &l.qkv, Some(l.head_gains)));
         p.attention(attention(c, idx, kv), [s.rows, s.qkv, s.parts], kv, None, s.a);

@@ -148,7 +148,8 @@ pub struct State {
     pub(super) y: Slice,
     pub(super) last: Slice,
     pub(super) last_norm: Slice,
-    pub(super) kv: Vec<KvCache>,
+    /// By layer, the parts of its cache: one where a binding holds it.
+    pub(super) kv: Vec<Vec<KvCache>>,
     /// cos and sin of every position that the context holds, `[C, Dh/2]` pairs.
     pub(super) rope_table: Slice,
     pub(super) host: HostStages,
@@ -194,6 +195,7 @@ impl State {
         };
         // Sliding layers share a table, and so do the others.
         let mut tables: [Option<Buffer>; 2] = [None, None];
+        let most = plan.cache.most(device.limits());
         let kv = (0..c.num_hidden_layers)
             .map(|idx| {
                 let [page, places, pages] = plan.layout(c, idx);
@@ -206,15 +208,18 @@ impl State {
                     };
                     *table = Some(Buffer::with_bytes(device, "page table", bytemuck::cast_slice(&entries))?);
                 }
-                let bytes = plan.cache.bytes(u64::from(pages) * u64::from(page) * hk * dh);
-                Ok(KvCache {
-                    format: plan.cache,
-                    page,
-                    pages: places,
-                    table: table.as_ref().expect("just made").slice(),
-                    keys: new(&format!("KV cache, keys of layer {idx}"), bytes)?,
-                    values: new(&format!("KV cache, values of layer {idx}"), bytes)?,
-                })
+                let table = table.as_ref().expect("just made").slice();
+                // As few parts as fit, of whole heads: a row of attention sees all of its keys in one buffer.
+                let head = u64::from(pages) * u64::from(page) * dh;
+                let fits = |parts: &u64| hk.is_multiple_of(*parts) && hk / parts * head <= most;
+                let parts = (1..hk).find(fits).unwrap_or(hk);
+                let bytes = plan.cache.bytes(hk / parts * head);
+                let mut new = |what: &str| new(&format!("KV cache, {what} of layer {idx}"), bytes);
+                let part = |_| {
+                    let (keys, values) = (new("keys")?, new("values")?);
+                    Ok(KvCache { format: plan.cache, page, pages: places, table, keys, values })
+                };
+                (0..parts).map(part).collect::<Result<Vec<_>>>()
             })
             .collect::<Result<Vec<_>>>()?;
         let staging = match plan.activations {
@@ -235,9 +240,10 @@ impl State {
             let group = Group { e: e as u32, a: a as u32, routes };
             u64::from(group.tiles(t as u32)) * group.tile_bytes()
         };
+        let segment_bytes = SEGMENT_BYTES.min(device.limits().max_binding_bytes);
         // Of generated rows; a prompt's attention leaves no parts.
         let row_parts = h * u64::from(segments_within(plan.context).next_power_of_two()) * (dh + 4) * 4;
-        let parts = (row_parts * u64::from(plan.generated()).max(t.min(8))).min(SEGMENT_BYTES.max(row_parts));
+        let parts = (row_parts * u64::from(plan.generated()).max(t.min(8))).min(segment_bytes.max(row_parts));
         Ok(Self {
             rows: new("rows", t * size_of::<Row>() as u64)?,
             step: new("step", size_of::<Step>() as u64)?,
@@ -292,13 +298,13 @@ impl State {
 
     /// The keys and values of every layer.
     pub fn cache(&self) -> impl Iterator<Item = Slice> {
-        self.kv.iter().flat_map(|kv| [kv.keys, kv.values])
+        self.kv.iter().flatten().flat_map(|kv| [kv.keys, kv.values])
     }
 
     /// The caches of the sliding layers, where a position's row is used again by a later one.
     pub fn rings(&self) -> impl Iterator<Item = Slice> {
         let sliding = self.windows.iter().zip(&self.kv).filter(|(window, _)| **window > 0);
-        sliding.flat_map(|(_, kv)| [kv.keys, kv.values])
+        sliding.flat_map(|(_, kv)| kv).flat_map(|kv| [kv.keys, kv.values])
     }
 
     /// Whether a step's one generated row goes through launches that do several ops: the same bits in less time.
@@ -319,12 +325,12 @@ impl State {
         (gain, w, head_gains): (Slice, &Projection, Option<[Slice; 2]>),
     ) {
         let name = |what: &'static str| move || format!("layers.{idx}.{what}");
-        let (norm, heads, kv) = (norm(c), heads(c), self.kv[idx]);
+        let (norm, heads, kv) = (norm(c), heads(c), &self.kv[idx]);
         let to = Rotated { heads, rows: self.rows, table: self.rope_table, cache: kv };
         let mut rotated = false;
         match addend {
             Some(addend) if self.fuses(p) && NormLinear::takes(w) => {
-                rotated = head_gains.is_none();
+                rotated = head_gains.is_none() && kv.len() == 1;
                 let to = rotated.then_some(to);
                 p.norm_linear(norm, (self.mid, addend, gain), [self.x, self.h], w, to, self.qkv);
                 p.stage(|| format!("layers.{}.hidden", idx - 1), self.x, norm.d as usize);

@@ -1,5 +1,6 @@
 //! Grouped-query attention over the cache, with optional windows and learned sinks.
 
+use super::rope::held;
 use super::{CacheFormat, KvCache, Op, Row, Views};
 use crate::program::{Launch, Program, Role, Slice};
 use crate::shader::{CACHE, Kernel, RESULT, SINK};
@@ -25,6 +26,8 @@ pub struct Attention {
     pub hk: u32,
     /// Head size, a multiple of 4.
     pub dh: u32,
+    /// The first key/value head of the cache's part, and how many it has: their queries are computed.
+    pub held: [u32; 2],
     /// Keys that a query sees; 0: all before it.
     pub window: u32,
     /// Positions of a page of the cache.
@@ -66,12 +69,12 @@ impl Program {
     /// `sinks`: `[H]` bf16; `a`: `[T, H Dh]` f32; `parts`: room for the segments of some rows, at least of one.
     ///
     /// A prompt's rows see all their keys in one workgroup; a generated row's keys are shared among several, by how many
-    /// they are.
+    /// they are. Each part of the cache has launches of its own, for the heads that it holds.
     pub fn attention(
         &mut self,
         op: Attention,
         [rows, qkv, parts]: [Slice; 3],
-        cache: KvCache,
+        cache: &[KvCache],
         sinks: Option<Slice>,
         a: Slice,
     ) {
@@ -82,9 +85,9 @@ impl Program {
             _ => 1,
         };
         if segments == 1 {
-            self.push(
-                op.rows(0, tokens, 0).launch(rows, qkv, cache, sinks).fill("result", "result_whole").write("a", a),
-            );
+            for launch in op.rows(0, tokens, 0).launches(rows, qkv, cache, sinks) {
+                self.push(launch.fill("result", "result_whole").update("a", a));
+            }
             return;
         }
         // Rows that `parts` has room for at a time.
@@ -92,8 +95,10 @@ impl Program {
         let at_once = (parts.bytes / row_bytes).clamp(1, u64::from(tokens)) as u32;
         for first in (0..tokens).step_by(at_once as usize) {
             let op = op.rows(first, at_once.min(tokens - first), segments);
-            let launch = op.launch(rows, qkv, cache, sinks).fill("result", "result_segment");
-            self.push(launch.constant("SEGMENTS", segments).write("parts", parts));
+            for launch in op.launches(rows, qkv, cache, sinks) {
+                let launch = launch.fill("result", "result_segment").constant("SEGMENTS", segments);
+                self.push(launch.update("parts", parts));
+            }
             let merge = Launch::new(Op::AttentionMerge(AttentionMerge(op)), &MERGE, [op.h, op.rows, 1])
                 .constant("H", op.h)
                 .constant("DH", op.dh)
@@ -124,23 +129,34 @@ impl Attention {
         Self { segments, first, rows, ..self }
     }
 
-    fn launch(self, rows: Slice, qkv: Slice, cache: KvCache, sinks: Option<Slice>) -> Launch {
+    /// One for each part of the cache.
+    fn launches(
+        self,
+        rows: Slice,
+        qkv: Slice,
+        cache: &[KvCache],
+        sinks: Option<Slice>,
+    ) -> impl Iterator<Item = Launch> {
+        let part = move |(i, part)| Self { held: held(self.hk, cache, i), ..self }.launch(rows, qkv, part, sinks);
+        cache.iter().enumerate().map(part)
+    }
+
+    fn launch(self, rows: Slice, qkv: Slice, cache: &KvCache, sinks: Option<Slice>) -> Launch {
         // Query heads that share their keys go together, as many as a workgroup takes.
         let group = self.h / self.hk;
         let heads = (1..=HEADS.min(group)).rev().find(|n| group.is_multiple_of(*n)).unwrap_or(1);
-        let launch = Launch::new(Op::Attention(self), &KERNEL, [self.h / heads, self.rows, self.segments.max(1)])
+        let grid = [self.held[1] * group / heads, self.rows, self.segments.max(1)];
+        let launch = Launch::new(Op::Attention(self), &KERNEL, grid)
             .fill("cache", cache.format.filling("cache"))
             .constant("H", self.h)
             .constant("HK", self.hk)
             .constant("DH", self.dh)
-            .constant("PAGE", self.page)
-            .constant("PAGES", self.pages)
             .constant("WINDOW", self.window)
             .constant("HEADS", heads)
             .constant("FIRST", self.first)
             .read("rows", rows)
             .read("qkv", qkv)
-            .read("pages", cache.table)
+            .paged(cache, self.held)
             .read("keys", cache.keys)
             .read("values", cache.values);
         // A merge takes the sinks into account, once for all segments.
@@ -174,7 +190,7 @@ impl Attention {
     pub fn reference(&self, seen: &Seen<'_>, sinks: &[half::bf16], a: &mut [f32]) {
         let (h, dh) = (self.h as usize, self.dh as usize);
         for t in self.first as usize..(self.first + self.rows) as usize {
-            for head in 0..h {
+            for head in self.heads() {
                 let sink = sinks.get(head).map_or(f64::NEG_INFINITY, |s| s.to_f64());
                 // Rounded to f32 as a segment is: a row has the same bits whether or not its step has segments.
                 let (m, total, sums) = self.over(seen, t, head, self.visible(&seen.rows[t]), f64::NEG_INFINITY);
@@ -196,7 +212,7 @@ impl Attention {
             let visible = self.visible(&seen.rows[t]);
             let keys = segment_keys(visible.len() as u32) as usize;
             for (s, start) in visible.clone().step_by(keys).enumerate() {
-                for head in 0..h {
+                for head in self.heads() {
                     let range = start..(start + keys).min(visible.end);
                     let (m, total, sums) = self.over(seen, t, head, range, f64::NEG_INFINITY);
                     let at = (((t - self.first as usize) * h + head) * segments + s) * (dh + 4);
@@ -210,6 +226,12 @@ impl Attention {
         }
     }
 
+    /// The query heads that are computed.
+    fn heads(&self) -> std::ops::Range<usize> {
+        let ([first, count], group) = (self.held, self.h / self.hk);
+        (first * group) as usize..((first + count) * group) as usize
+    }
+
     /// Of the keys in `range`: the largest score (or `least`), the sum of weights, the weighted sums.
     fn over(
         &self,
@@ -220,11 +242,12 @@ impl Attention {
         least: f64,
     ) -> (f64, f64, Vec<f64>) {
         let [h, hk, dh, page, pages] = [self.h, self.hk, self.dh, self.page, self.pages].map(|n| n as usize);
+        let [first, count] = self.held.map(|n| n as usize);
         let sequence = seen.rows[t].sequence as usize;
         let q = &seen.qkv[(t * (h + 2 * hk) + head) * dh..][..dh];
         let at = |j: usize| {
             let row = seen.pages[sequence * pages + j / page % pages] as usize * page + j % page;
-            (row * hk + head / (h / hk)) * dh
+            (row * count + head / (h / hk) - first) * dh
         };
         let load = |words: &[u32], i: usize| f64::from(self.format.load(words, i));
         let score = |j: usize| {
@@ -252,7 +275,7 @@ pub struct Seen<'a> {
     pub rows: &'a [Row],
     /// `[T, (H + 2 Hk) Dh]`.
     pub qkv: &'a [f32],
-    /// Words of `[.., page, Hk Dh]`.
+    /// Words of `[.., page, held Dh]`.
     pub keys: &'a [u32],
     /// As `keys`.
     pub values: &'a [u32],
@@ -302,7 +325,9 @@ mod tests {
     #[test]
     fn one_key_shares_its_weight_with_the_sink_only() {
         let format = CacheFormat::F32;
-        let op = Attention { h: 1, hk: 1, dh: 4, window: 0, page: 2, pages: 1, format, segments: 0, first: 0, rows: 1 };
+        let (window, held) = (0, [0, 1]);
+        let op =
+            Attention { h: 1, hk: 1, dh: 4, held, window, page: 2, pages: 1, format, segments: 0, first: 0, rows: 1 };
         let values = [8.0f32, 4.0, 2.0, 1.0, 0.0, 0.0, 0.0, 0.0].map(f32::to_bits);
         let seen = Seen { rows: &[Row::default()], qkv: &[0.0; 12], keys: &[0; 8], values: &values, pages: &[0] };
         let mut a = [f32::NAN; 4];

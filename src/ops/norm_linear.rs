@@ -24,14 +24,15 @@ pub struct NormLinear {
 
 impl Program {
     /// `sum = x + addend; h = norm(sum); y = w h + bias`, of one row; `y` is rotated and appended as by [`Program::rope`] where
-    /// `rotated` says so, and keys and values are not written to it. The projection is one matrix in one part.
+    /// `rotated` says so, and keys and values are not written to it. The projection is one matrix in one
+    /// part, and so is the cache.
     pub fn norm_linear(
         &mut self,
         norm: RmsNorm,
         (x, addend, g): (Slice, Addend, Slice),
         [sum, h]: [Slice; 2],
         w: &Projection,
-        rotated: Option<Rotated>,
+        rotated: Option<Rotated<'_>>,
         y: Slice,
     ) {
         let ([piece], [part]) = (&w.pieces[..], &w.pieces[0].weight.parts[..]) else {
@@ -46,7 +47,7 @@ impl Program {
         let op = NormLinear {
             norm: AddNorm { norm, routes: addend.routes() },
             linear: Linear { format, input: InputFormat::F32, k, n, first: 0, count: n },
-            rope: rotated.map(|rotated| rotated.op()),
+            rope: rotated.map(|rotated| rotated.op(0)),
         };
         let launch = Launch::new(Op::NormLinear(op), &KERNEL, [n.div_ceil(rows), 1, 1])
             .constant("K", k)
@@ -65,7 +66,7 @@ impl Program {
             .update("y", y);
         let launch = match rotated {
             None => launch.fill("output", "output_rows"),
-            Some(rotated) => launch.fill("output", "output_rotated").rotated(rotated),
+            Some(rotated) => launch.fill("output", "output_rotated").rotated(rotated, 0),
         };
         self.push(launch);
     }

@@ -1,6 +1,7 @@
 //! Rotary position embedding, and appending to the KV cache.
 
 use super::{HeadNorm, Op, Row, Views};
+use crate::device::Limits;
 use crate::program::{Launch, Program, Slice};
 use crate::shader::{APPEND, HEADS, Kernel, LANES, REDUCE};
 
@@ -36,6 +37,11 @@ impl CacheFormat {
         }
     }
 
+    /// Most elements of one buffer: what the device binds, and no more than kernels count in 32 bits.
+    pub(crate) fn most(self, limits: Limits) -> u64 {
+        (limits.max_binding_bytes / self.bytes(1)).min(1 << 32)
+    }
+
     /// Element `i` of a cache in host memory.
     pub(crate) fn load(self, words: &[u32], i: usize) -> f32 {
         match self {
@@ -56,7 +62,8 @@ impl CacheFormat {
     }
 }
 
-/// Keys and values of one layer: pages of so many positions, `[.., page, Hk Dh]` each.
+/// Keys and values of one layer: pages of so many positions, `[.., page, Hk Dh]` each. Where a binding does not hold them, a
+/// layer has several of these, each a part: equally many of the key/value heads, in order.
 #[derive(Clone, Copy, Debug)]
 pub struct KvCache {
     /// How an element is stored.
@@ -73,6 +80,12 @@ pub struct KvCache {
     pub values: Slice,
 }
 
+/// Of `hk` key/value heads the first that a part of the cache has, and how many it has.
+pub(super) fn held(hk: u32, cache: &[KvCache], part: usize) -> [u32; 2] {
+    let count = hk / cache.len() as u32;
+    [part as u32 * count, count]
+}
+
 /// Constants.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Rope {
@@ -82,6 +95,8 @@ pub struct Rope {
     pub hk: u32,
     /// Head size.
     pub dh: u32,
+    /// The first key/value head of the cache's part, and how many it has: these are computed, and their queries.
+    pub held: [u32; 2],
     /// The cache's.
     pub page: u32,
     /// The cache's.
@@ -94,61 +109,73 @@ pub struct Rope {
 
 /// How queries and keys are turned, and where keys and values go.
 #[derive(Clone, Copy, Debug)]
-pub struct Rotated {
+pub struct Rotated<'a> {
     /// Query heads, key/value heads, head size.
     pub heads: [u32; 3],
     /// `Row [T]`.
     pub rows: Slice,
     /// `[C, Dh/2]` pairs of cos and sin.
     pub table: Slice,
-    /// The cache.
-    pub cache: KvCache,
+    /// The cache, by its parts.
+    pub cache: &'a [KvCache],
 }
 
-impl Rotated {
-    pub(super) fn op(&self) -> Rope {
-        let ([h, hk, dh], KvCache { page, pages, format, .. }) = (self.heads, self.cache);
-        Rope { h, hk, dh, page, pages, format, norm: None }
+impl Rotated<'_> {
+    /// What is done for a part of the cache.
+    pub(super) fn op(&self, part: usize) -> Rope {
+        let ([h, hk, dh], KvCache { page, pages, format, .. }) = (self.heads, self.cache[part]);
+        Rope { h, hk, dh, held: held(hk, self.cache, part), page, pages, format, norm: None }
     }
 }
 
 impl Launch {
-    /// Bind what a rotation reads and the cache that it appends to, and fill slot `append`.
-    pub(super) fn rotated(self, Rotated { heads: [h, hk, dh], rows, table, cache }: Rotated) -> Self {
+    /// Set where positions and heads stand in a part of the cache.
+    pub(super) fn paged(self, cache: &KvCache, [first, count]: [u32; 2]) -> Self {
+        self.constant("PAGE", cache.page)
+            .constant("PAGES", cache.pages)
+            .constant("PART_FIRST", first)
+            .constant("PART", count)
+            .read("pages", cache.table)
+    }
+
+    /// Bind what a rotation reads and the part of the cache that it appends to, and fill slot `append`.
+    pub(super) fn rotated(self, to: Rotated<'_>, part: usize) -> Self {
+        let (Rope { h, hk, dh, held, .. }, cache) = (to.op(part), &to.cache[part]);
         self.fill("append", cache.format.filling("append"))
             .constant("H", h)
             .constant("HK", hk)
             .constant("DH", dh)
-            .constant("PAGE", cache.page)
-            .constant("PAGES", cache.pages)
-            .read("rows", rows)
-            .read("table", table)
-            .read("pages", cache.table)
+            .read("rows", to.rows)
+            .read("table", to.table)
+            .paged(cache, held)
             .update("keys", cache.keys)
             .update("values", cache.values)
     }
 }
 
 impl Program {
-    /// Rotate the queries of `qkv [T, (H + 2 Hk) Dh]` in place; append rotated keys, and values, to the cache.
-    /// `table`: `[C, Dh/2]` pairs of cos and sin.
-    pub fn rope(&mut self, heads: [u32; 3], rows: Slice, table: Slice, qkv: Slice, cache: KvCache) {
+    /// Rotate the queries of `qkv [T, (H + 2 Hk) Dh]` in place; append rotated keys, and values, to the parts of
+    /// the cache, in a launch each. `table`: `[C, Dh/2]` pairs of cos and sin.
+    pub fn rope(&mut self, heads: [u32; 3], rows: Slice, table: Slice, qkv: Slice, cache: &[KvCache]) {
         self.rope_after(None, Rotated { heads, rows, table, cache }, qkv);
     }
 
-    /// [`Program::head_norm`] with `eps` and `gains`, then [`Program::rope`], in one launch; `qkv` keeps keys as they were.
-    pub fn norm_rope(&mut self, eps: f32, gains: [Slice; 2], to: Rotated, qkv: Slice) {
+    /// [`Program::head_norm`] with `eps` and `gains`, then [`Program::rope`], in the same launches; `qkv` keeps keys as they were.
+    pub fn norm_rope(&mut self, eps: f32, gains: [Slice; 2], to: Rotated<'_>, qkv: Slice) {
         self.rope_after(Some((eps, gains)), to, qkv);
     }
 
-    fn rope_after(&mut self, norm: Option<(f32, [Slice; 2])>, to: Rotated, qkv: Slice) {
+    fn rope_after(&mut self, norm: Option<(f32, [Slice; 2])>, to: Rotated<'_>, qkv: Slice) {
         let [h, hk, _] = to.heads;
-        let op = Rope { norm: norm.map(|(eps, _)| eps), ..to.op() };
-        let launch = Launch::new(Op::Rope(op), &KERNEL, [h + 2 * hk, self.tokens, 1]).rotated(to).update("qkv", qkv);
-        self.push(match norm {
-            None => launch.fill("heads", "heads_plain"),
-            Some((eps, gains)) => launch.fill("heads", "heads_normed").head_gains(eps, gains),
-        });
+        for part in 0..to.cache.len() {
+            let op = Rope { norm: norm.map(|(eps, _)| eps), ..to.op(part) };
+            let grid = [op.held[1] * (h / hk + 2), self.tokens, 1];
+            let launch = Launch::new(Op::Rope(op), &KERNEL, grid).rotated(to, part).update("qkv", qkv);
+            self.push(match norm {
+                None => launch.fill("heads", "heads_plain"),
+                Some((eps, gains)) => launch.fill("heads", "heads_normed").head_gains(eps, gains),
+            });
+        }
     }
 }
 
@@ -160,18 +187,19 @@ impl Rope {
         let Some(eps) = self.norm else {
             return self.reference(rows, table, pages, qkv, keys, values);
         };
-        let Self { h, hk, dh, .. } = *self;
-        let (width, queries) = (((h + 2 * hk) * dh) as usize, (h * dh) as usize);
+        let Self { h, hk, dh, held: [first, count], .. } = *self;
+        let (width, of_each) = (((h + 2 * hk) * dh) as usize, h / hk * dh);
+        let queries = (first * of_each) as usize..((first + count) * of_each) as usize;
         let mut normed = qkv[..tokens * width].to_vec();
         HeadNorm { h, hk, dh, eps }.reference([views.bf16("q_gain"), views.bf16("k_gain")], &mut normed);
         self.reference(rows, table, pages, &mut normed, keys, values);
         for (row, normed) in qkv.chunks_exact_mut(width).zip(normed.chunks_exact(width)) {
-            row[..queries].copy_from_slice(&normed[..queries]);
+            row[queries.clone()].copy_from_slice(&normed[queries.clone()]);
         }
     }
 
     /// `rows [T]`, `table [C, Dh/2, 2]`, `pages [S, pages]`, `qkv [T, (H + 2 Hk) Dh]`, `keys`, `values`: words of
-    /// `[.., page, Hk Dh]`.
+    /// `[.., page, held Dh]`.
     pub fn reference(
         &self,
         rows: &[Row],
@@ -182,12 +210,17 @@ impl Rope {
         values: &mut [u32],
     ) {
         let [h, hk, dh, page, places] = [self.h, self.hk, self.dh, self.page, self.pages].map(|n| n as usize);
+        let [first, count] = self.held.map(|n| n as usize);
         for (t, row) in rows.iter().enumerate() {
             let position = row.position as usize;
             let held = pages[row.sequence as usize * places + position / page % places] as usize;
             let slot = held * page + position % page;
             let table = &table[position * dh..][..dh];
             for head in 0..h + 2 * hk {
+                let kv = if head < h { head / (h / hk) } else { (head - h) % hk };
+                if !(first..first + count).contains(&kv) {
+                    continue; // another part's
+                }
                 let v = &mut qkv[(t * (h + 2 * hk) + head) * dh..][..dh];
                 if head < h + hk {
                     let old = v.to_vec();
@@ -199,16 +232,30 @@ impl Rope {
                     }
                     if head >= h {
                         for (i, rotated) in v.iter().enumerate() {
-                            self.format.store(keys, (slot * hk + head - h) * dh + i, *rotated);
+                            self.format.store(keys, (slot * count + kv - first) * dh + i, *rotated);
                         }
                         v.copy_from_slice(&old); // the kernel leaves keys in `qkv` as they were
                     }
                 } else {
                     for (i, value) in v.iter().enumerate() {
-                        self.format.store(values, (slot * hk + head - h - hk) * dh + i, *value);
+                        self.format.store(values, (slot * count + kv - first) * dh + i, *value);
                     }
                 }
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::device::{Device, cpu::Cpu};
+
+    #[test]
+    fn a_buffer_holds_what_is_bound_and_what_32_bits_count() {
+        let limits = |max_binding_bytes| Limits { max_binding_bytes, ..Cpu::default().limits() };
+        let [f32, bf16] = [CacheFormat::F32, CacheFormat::Bf16];
+        assert_eq!([f32, bf16].map(|format| format.most(limits(128 << 20))), [32 << 20, 64 << 20]);
+        assert_eq!([f32, bf16].map(|format| format.most(limits(12 << 30))), [3 << 30, 1 << 32]);
     }
 }

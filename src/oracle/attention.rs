@@ -37,9 +37,10 @@ pub(super) fn attend(
     let sinks = sink.map(|sink| t.input(&bf16s(vec![sink; h as usize]))).transpose()?;
     let a = t.output(tokens * (h * dh) as usize)?;
     let KvCache { page, pages, format, .. } = cache;
-    let op = Attention { h, hk, dh, window, page, pages, format, segments: 0, first: 0, rows: 0 };
+    let held = [0, hk];
+    let op = Attention { h, hk, dh, held, window, page, pages, format, segments: 0, first: 0, rows: 0 };
     let mut p = program(tokens);
-    p.attention(op, [rows, qkv, a], cache, sinks, a);
+    p.attention(op, [rows, qkv, a], &[cache], sinks, a);
     Ok(floats(&t.run(&p, a)?))
 }
 
@@ -136,7 +137,7 @@ pub(super) fn rotate(
     let (pages, keys, values) = (t.input(&[0u32])?, t.output(words)?, t.output(words)?);
     let kv = KvCache { format, page: CAPACITY, pages: 1, table: pages, keys, values };
     let mut p = program(positions.len());
-    p.rope(HEADS, rows, table, qkv, kv);
+    p.rope(HEADS, rows, table, qkv, &[kv]);
     Ok([t.run(&p, qkv)?, t.read(kv.keys)?, t.read(kv.values)?])
 }
 

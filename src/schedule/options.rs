@@ -24,7 +24,8 @@ pub struct SchedulerOptions {
     /// Positions of a page of the cache, 1 to 1024.
     pub page: usize,
     /// Pages of the cache, for all sessions together; `None`: as many as all of them can take. Not more than the device can
-    /// bind. Sliding layers take fewer: a session keeps what their windows see.
+    /// bind, where each key/value head of a layer may have a binding of its own. Sliding layers take fewer: a session keeps what
+    /// their windows see.
     pub pages: Option<usize>,
     /// Most tokens of prompts in one step, 1 to 2048; `None`: as the engine was built.
     pub chunk: Option<usize>,
@@ -79,8 +80,9 @@ pub(super) fn planned(engine: &Engine, options: &SchedulerOptions) -> Result<(Pl
         pages: [0; 2],
         bound: false,
     };
-    let position_bytes = engine.plan().cache.bytes((config.num_key_value_heads * config.head_dim) as u64);
-    let bound = (device.limits().max_binding_bytes / (position_bytes * page as u64)).min(1 << 31) as usize;
+    // Each key/value head may have a binding of its own.
+    let most = engine.plan().cache.most(device.limits());
+    let bound = (most / (config.head_dim * page) as u64).min(1 << 31) as usize;
     let asked = options.pages.unwrap_or(sequences * places);
     if asked == 0 {
         return Err(Error::option("pages", "0 hold nothing: give at least 1"));

@@ -100,12 +100,14 @@ pub(super) fn cases(matrix: bool) -> Vec<(&'static str, Vec<Case>)> {
         (
             "rope",
             [
-                (CacheFormat::F32, false),
-                (CacheFormat::F32, true),
-                (CacheFormat::Bf16, false),
-                (CacheFormat::Bf16, true),
+                (CacheFormat::F32, false, 1),
+                (CacheFormat::F32, true, 1),
+                (CacheFormat::Bf16, false, 1),
+                (CacheFormat::Bf16, true, 1),
+                (CacheFormat::F32, true, 2),
+                (CacheFormat::Bf16, false, 2),
             ]
-            .map(|(format, norm)| rope(format, norm))
+            .map(|(format, norm, parts)| rope(format, norm, parts))
             .into(),
         ),
         ("attention of prompts", attention(false)),
@@ -236,6 +238,7 @@ fn norm_linear(format: Format, a: usize, bias: bool, cache: Option<CacheFormat>)
         let w = Projection { pieces: vec![Piece { weight, first: 0, input_scale: None }], n: n as u32, bias };
         let mut outputs = vec![Output::near(sum, d), Output::near(normed, d)];
         let heads = [h as u32, hk as u32, dh as u32];
+        let appended;
         let rotated = match cache {
             None => {
                 outputs.push(Output::near(y, n));
@@ -249,13 +252,13 @@ fn norm_linear(format: Format, a: usize, bias: bool, cache: Option<CacheFormat>)
                 let words = format.bytes((hk * dh) as u64) as usize / 4;
                 let (keys, values) = (b.output(t * words)?, b.output(t * words)?);
                 let pages = b.input(&(0..t as u32).collect::<Vec<_>>())?;
-                let cache = KvCache { format, page: 1, pages: 1, table: pages, keys, values };
+                appended = [KvCache { format, page: 1, pages: 1, table: pages, keys, values }];
                 // Queries stand in y; a row alone has its keys and values in the cache only.
                 outputs.push(Output::near(y, 0).whole());
                 if format == CacheFormat::F32 {
                     outputs.extend([keys, values].map(|slice| Output::near(slice, words)));
                 }
-                Some(Rotated { heads, rows, table: b.input(&table)?, cache })
+                Some(Rotated { heads, rows, table: b.input(&table)?, cache: &appended })
             }
         };
         let mut p = program(t);
@@ -298,41 +301,42 @@ fn page_table(pages: usize) -> Vec<u32> {
     (0..2 * pages).map(|i| ((i * 5 + 3) % (2 * pages)) as u32).collect()
 }
 
-/// After norms of heads, or not.
-fn rope(format: CacheFormat, norm: bool) -> Case {
+/// After norms of heads, or not; into a cache of so many parts.
+fn rope(format: CacheFormat, norm: bool, parts: usize) -> Case {
     let ([h, hk, dh], [page, pages]) = ([6, 2, 20], [16, 14]);
     // Two products and a sum; and the mean of squares.
     let near = if norm { 4.0 * sum_of(dh) } else { 4.0 * EPS };
     let what = if norm { ", heads normalised" } else { "" };
-    case(format!("{format:?} cache{what}"), near, move |b, which| {
+    case(format!("{format:?} cache in {parts} parts{what}"), near, move |b, which| {
         let width = (h + 2 * hk) * dh;
         let row = |i: &usize| Row { token: 0, sequence: *i as u32 % 2, position: *i as u32 / 2 * 7, pad: 0 };
         let table: Vec<f32> =
             (0..ROWS / 2 * 7 * dh / 2).flat_map(|i| [(i as f32).cos() * 1.3, (i as f32).sin() * 1.3]).collect();
         let rows = b.input(&which.iter().map(row).collect::<Vec<_>>())?;
         let qkv = b.guarded(&pick(&Random(3).f32s(ROWS * width), width, which))?;
-        let words = format.bytes((2 * page * pages * hk * dh) as u64) as usize / 4;
-        let (keys, values) = (b.guarded(&vec![0.5; words])?, b.guarded(&vec![0.5; words])?);
-        let kv = KvCache {
-            format,
-            page: page as u32,
-            pages: pages as u32,
-            table: b.input(&page_table(pages))?,
-            keys,
-            values,
-        };
+        let words = format.bytes((2 * page * pages * hk / parts * dh) as u64) as usize / 4;
+        let of_pages = b.input(&page_table(pages))?;
+        let kv: Vec<KvCache> = (0..parts)
+            .map(|_| {
+                let (keys, values) = (b.guarded(&vec![0.5; words])?, b.guarded(&vec![0.5; words])?);
+                Ok(KvCache { format, page: page as u32, pages: pages as u32, table: of_pages, keys, values })
+            })
+            .collect::<Result<_>>()?;
         let mut p = program(which.len());
         let (heads, table) = ([h as u32, hk as u32, dh as u32], b.input(&table)?);
         if norm {
             let mut random = Random(8);
             let gains = [b.input(&random.bf16s(dh))?, b.input(&random.bf16s(dh))?];
-            p.norm_rope(1e-6, gains, Rotated { heads, rows, table, cache: kv }, qkv);
+            p.norm_rope(1e-6, gains, Rotated { heads, rows, table, cache: &kv }, qkv);
         } else {
-            p.rope(heads, rows, table, qkv, kv);
+            p.rope(heads, rows, table, qkv, &kv);
         }
-        let mut outputs = vec![Output::near(qkv, width), Output::exact(values, 0).whole()];
-        // A rotated key that is a tie by a hair may round to another bf16.
-        outputs.extend((format == CacheFormat::F32).then_some(Output::near(keys, 0).whole()));
+        let mut outputs = vec![Output::near(qkv, width)];
+        for part in kv {
+            outputs.push(Output::exact(part.values, 0).whole());
+            // A rotated key that is a tie by a hair may round to another bf16.
+            outputs.extend((format == CacheFormat::F32).then_some(Output::near(part.keys, 0).whole()));
+        }
         Ok((p, outputs))
     })
 }
@@ -341,23 +345,24 @@ fn rope(format: CacheFormat, norm: bool) -> Case {
 fn attention(generated: bool) -> Vec<Case> {
     let (f32, bf16) = (CacheFormat::F32, CacheFormat::Bf16);
     [
-        ([6, 2, 32, 0], f32, true, 430),
-        ([8, 1, 20, 0], bf16, false, 300),
-        ([6, 2, 64, 13], bf16, true, 900), // the window of a ring that has wrapped
-        ([2, 2, 32, 200], f32, false, 900),
+        ([6, 2, 32, 0], (f32, 1), true, 430),
+        ([8, 1, 20, 0], (bf16, 1), false, 300),
+        ([6, 2, 64, 13], (bf16, 1), true, 900), // the window of a ring that has wrapped
+        ([2, 2, 32, 200], (f32, 1), false, 900),
+        ([8, 4, 32, 0], (bf16, 2), true, 300),
     ]
-    .map(|(shape, format, sinks, last)| attention_case(shape, format, sinks, last, generated))
+    .map(|(shape, cache, sinks, last)| attention_case(shape, cache, sinks, last, generated))
     .into()
 }
 
 fn attention_case(
     [h, hk, dh, window]: [usize; 4],
-    format: CacheFormat,
+    (format, parts): (CacheFormat, usize),
     sinks: bool,
     last: usize,
     generated: bool,
 ) -> Case {
-    let what = format!("H={h} Hk={hk} Dh={dh} window {window}, {format:?} cache, sinks: {sinks}");
+    let what = format!("H={h} Hk={hk} Dh={dh} window {window}, {format:?} cache in {parts} parts, sinks: {sinks}");
     // A dot product of Dh, then a weighted mean of the keys; scores pass through exp.
     case(what, 2.0 * sum_of(dh + last), move |b, which| {
         let mut random = Random((dh + window) as u64);
@@ -369,12 +374,13 @@ fn attention_case(
         let page = if which.len() % 2 == 0 { 16 } else { 48 };
         let pages = capacity / page;
         let table = page_table(pages);
-        let mut placed = |cache: &[f32]| {
-            let mut all = vec![0.0; cache.len()];
+        let held = head / parts;
+        let mut placed = |cache: &[f32], part: usize| {
+            let mut all = vec![0.0; cache.len() / parts];
             for (at, row) in cache.chunks_exact(head).enumerate() {
                 let (sequence, slot) = (at / capacity, at % capacity);
                 let to = table[sequence * pages + slot / page] as usize * page + slot % page;
-                all[to * head..][..head].copy_from_slice(row);
+                all[to * held..][..held].copy_from_slice(&row[part * held..][..held]);
             }
             match format {
                 CacheFormat::F32 => b.input(&all),
@@ -383,24 +389,26 @@ fn attention_case(
                 }
             }
         };
-        let (keys, values) = (placed(&keys)?, placed(&values)?);
-        let table = b.input(&table)?;
-        let kv = KvCache { format, page: page as u32, pages: pages as u32, table, keys, values };
+        let placed: Vec<[Slice; 2]> =
+            (0..parts).map(|part| Ok([placed(&keys, part)?, placed(&values, part)?])).collect::<Result<_>>()?;
+        let (table, page, pages) = (b.input(&table)?, page as u32, pages as u32);
+        let part = |[keys, values]: [Slice; 2]| KvCache { format, page, pages, table, keys, values };
+        let kv: Vec<KvCache> = placed.into_iter().map(part).collect();
         let position = |i: usize| (last - i * 7 % (last + 1)) as u32;
         let row = |i: &usize| Row { token: 0, sequence: *i as u32 % 2, position: position(*i), pad: 0 };
         let rows = b.input(&which.iter().map(row).collect::<Vec<_>>())?;
         let sinks = if sinks { Some(b.input(&random.bf16s(h))?) } else { None };
         let qkv = b.input(&pick(&qkv, width, which))?;
         // Room for the segments of some rows: they go in several launches.
-        let parts = b.output((which.len() / 2).max(1) * h * 8 * (dh + 4))?;
+        let room = b.output((which.len() / 2).max(1) * h * 8 * (dh + 4))?;
         let a = b.output(which.len() * h * dh)?;
         let reach = which.iter().map(|i| position(*i) + 1).max().unwrap_or(1);
         let role = if generated { Role::Generated { reach } } else { Role::Prompt };
         let [h, hk, dh, window] = [h, hk, dh, window].map(|n| n as u32);
-        let (page, pages) = (kv.page, kv.pages);
-        let op = Attention { h, hk, dh, window, page, pages, format, segments: 0, first: 0, rows: 0 };
+        let held = [0, hk];
+        let op = Attention { h, hk, dh, held, window, page, pages, format, segments: 0, first: 0, rows: 0 };
         let mut p = program(which.len()).of(role);
-        p.attention(op, [rows, qkv, parts], kv, sinks, a);
+        p.attention(op, [rows, qkv, room], &kv, sinks, a);
         Ok((p, vec![Output::near(a, (h * dh) as usize)]))
     })
 }

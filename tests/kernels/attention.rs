@@ -1,9 +1,10 @@
 //! Attention, its cache in pages, and rotation.
 
 use super::{EPS, check, output_of, program};
-use crate::harness::{Bench, Random, gpus, sum_tolerance};
-use fourfold::ops::{Attention, CacheFormat, KvCache, Row};
-use fourfold::program::{Program, Role, Slice};
+use crate::harness::{Bench, Random, cpu, gpus, sum_tolerance};
+use fourfold::HostStages;
+use fourfold::ops::{Attention, CacheFormat, KvCache, Rotated, Row};
+use fourfold::program::{Place, Program, Role, Slice};
 
 /// Rows of two sequences in one step, at uneven positions.
 fn mixed_rows(t: usize, sequences: u32, last: u32) -> Vec<Row> {
@@ -25,22 +26,29 @@ fn pages(b: &mut Bench, capacity: usize, sequences: usize) -> (u32, u32, Slice) 
     (page(capacity) as u32, pages as u32, b.input(&table))
 }
 
+/// Of two sequences with room for `capacity` rows of `width` elements, each row cut into `parts`.
 fn cache(
     b: &mut Bench,
     random: &mut Random,
     format: CacheFormat,
-    capacity: usize,
-    width: usize,
-    sequences: usize,
-) -> KvCache {
-    let n = sequences * capacity * width;
+    [capacity, width, parts]: [usize; 3],
+) -> Vec<KvCache> {
+    let n = 2 * capacity * width;
     let mut fill = || match format {
-        CacheFormat::F32 => b.input(&random.f32s(n)),
-        CacheFormat::Bf16 => b.input(&random.bf16s(n)),
+        CacheFormat::F32 => bytemuck::cast_slice(&random.f32s(n)).to_vec(),
+        CacheFormat::Bf16 => random.bf16s(n),
     };
     let (keys, values) = (fill(), fill());
-    let (page, pages, table) = pages(b, capacity, sequences);
-    KvCache { format, page, pages, table, keys, values }
+    let (page, pages, table) = pages(b, capacity, 2);
+    let bytes = format.bytes(width as u64) as usize / parts;
+    let cut = |all: &[u8], part: usize| -> Vec<u8> {
+        all.chunks_exact(bytes * parts).flat_map(|row| row[part * bytes..][..bytes].to_vec()).collect()
+    };
+    let mut part = |part| {
+        let (keys, values) = (b.input(&cut(&keys, part)), b.input(&cut(&values, part)));
+        KvCache { format, page, pages, table, keys, values }
+    };
+    (0..parts).map(&mut part).collect()
 }
 
 #[test]
@@ -69,7 +77,7 @@ fn rope() {
                 let (page, pages, table_of_pages) = pages(b, capacity, 2);
                 let kv = KvCache { format, page, pages, table: table_of_pages, keys, values };
                 let mut p = program(t);
-                p.rope([h as u32, hk as u32, dh as u32], rows, table, qkv, kv);
+                p.rope([h as u32, hk as u32, dh as u32], rows, table, qkv, &[kv]);
                 let outputs = if format == CacheFormat::F32 { vec![qkv, keys, values] } else { vec![qkv] };
                 (p, outputs)
             });
@@ -80,7 +88,7 @@ fn rope() {
 #[test]
 fn a_bf16_cache_holds_what_an_f32_cache_holds_rounded_to_nearest_even() {
     // The same step into both caches, on each device: keys and values, two sequences, positions past the capacity.
-    let (t, h, hk, dh, capacity) = (7, 3, 2, 8, 5);
+    let (t, h, hk, dh, capacity) = (7, 4, 2, 8, 5);
     let mut random = Random(3);
     let mut qkv = random.f32s(t * (h + 2 * hk) * dh);
     qkv[(h + hk) * dh] = f32::from_bits(0x3f80_8000); // a value that is a tie
@@ -96,7 +104,7 @@ fn a_bf16_cache_holds_what_an_f32_cache_holds_rounded_to_nearest_even() {
             let (page, pages, table_of_pages) = pages(&mut b, capacity, 2);
             let kv = KvCache { format, page, pages, table: table_of_pages, keys, values };
             let mut p = program(t);
-            p.rope([h as u32, hk as u32, dh as u32], rows, table, qkv, kv);
+            p.rope([h as u32, hk as u32, dh as u32], rows, table, qkv, &[kv]);
             b.run(&p, &[keys, values]).concat()
         };
         let n = 2 * capacity * hk * dh;
@@ -115,11 +123,14 @@ struct Case {
     role: Role,
     /// Rows whose segments there is room for at once.
     room: usize,
+    /// Parts of the cache.
+    parts: usize,
 }
 
 fn op([h, hk, dh, window]: [u32; 4], capacity: u32, format: CacheFormat) -> Attention {
     let page = page(capacity as usize) as u32;
-    Attention { h, hk, dh, window, page, pages: capacity / page, format, segments: 0, first: 0, rows: 0 }
+    let (held, pages) = ([0, hk], capacity / page);
+    Attention { h, hk, dh, held, window, page, pages, format, segments: 0, first: 0, rows: 0 }
 }
 
 fn attention_case(b: &mut Bench, case: &Case, rows: &[Row], which: std::ops::Range<usize>) -> (Program, Vec<Slice>) {
@@ -128,14 +139,14 @@ fn attention_case(b: &mut Bench, case: &Case, rows: &[Row], which: std::ops::Ran
     let mut random = Random((dh + op.window as usize) as u64);
     let width = (h + 2 * hk) * dh;
     let qkv = random.f32s(rows.len() * width);
-    let kv = cache(b, &mut random, op.format, (op.page * op.pages) as usize, hk * dh, 2);
+    let kv = cache(b, &mut random, op.format, [(op.page * op.pages) as usize, hk * dh, case.parts]);
     let sinks = (op.window != 13).then(|| b.input(&random.bf16s(h + h % 2)));
     let t = which.len();
     let (qkv, rows) = (b.input(&qkv[which.start * width..which.end * width]), b.input(&rows[which]));
     let parts = b.output(case.room * h * 8 * (dh + 4));
     let a = b.output(t * h * dh);
     let mut p = program(t).of(case.role);
-    p.attention(op, [rows, qkv, parts], kv, sinks, a);
+    p.attention(op, [rows, qkv, parts], &kv, sinks, a);
     (p, vec![a])
 }
 
@@ -156,7 +167,7 @@ fn attention() {
             // A dot product of Dh, then a weighted mean of the keys; scores pass through exp.
             let tolerance = 2.0 * sum_tolerance((op.dh + last) as usize);
             for role in [Role::Prompt, Role::Generated { reach: last + 1 }] {
-                let case = Case { op, role, room: 2 };
+                let case = Case { op, role, room: 2, parts: 1 };
                 let rows = mixed_rows(5, 2, last);
                 check(&format!("{op:?} {role:?}"), tolerance, |b| attention_case(b, &case, &rows, 0..5));
             }
@@ -170,14 +181,104 @@ fn a_row_of_attention_does_not_depend_on_its_neighbours_or_the_room_for_segments
     let rows = mixed_rows(5, 2, 299);
     for (_, device) in gpus() {
         for role in [Role::Prompt, Role::Generated { reach: 300 }] {
-            let all = output_of(device, |b| attention_case(b, &Case { op, role, room: 5 }, &rows, 0..5));
-            let by_two = output_of(device, |b| attention_case(b, &Case { op, role, room: 2 }, &rows, 0..5));
+            let all = output_of(device, |b| attention_case(b, &Case { op, role, room: 5, parts: 1 }, &rows, 0..5));
+            let by_two = output_of(device, |b| attention_case(b, &Case { op, role, room: 2, parts: 1 }, &rows, 0..5));
             assert!(by_two == all, "rows by twos have other bits");
             for row in 0..5 {
-                let (reach, case) = (rows[row].position + 1, |role| Case { op, role, room: 1 });
+                let (reach, case) = (rows[row].position + 1, |role| Case { op, role, room: 1, parts: 1 });
                 let role = if role == Role::Prompt { role } else { Role::Generated { reach } };
                 let alone = output_of(device, |b| attention_case(b, &case(role), &rows, row..row + 1));
                 assert!(alone == all[row * 384..(row + 1) * 384], "row {row} alone has other bits");
+            }
+        }
+    }
+}
+
+#[test]
+fn attention_over_a_cache_in_parts_has_the_bits_of_one() {
+    let devices: Vec<_> = [("twins", cpu())].into_iter().chain(gpus().iter().cloned()).collect();
+    for (shape, capacity, last, parts) in [
+        ([16, 8, 32, 0], 300, 299, &[2, 4, 8][..]), // several segments
+        ([6, 3, 64, 13], 20, 500, &[3]),            // without sinks
+        ([4, 4, 128, 128], 200, 450, &[2, 4]),
+        ([24, 4, 20, 0], 1000, 970, &[4]), // heads of two workgroups share keys
+    ] {
+        for format in [CacheFormat::F32, CacheFormat::Bf16] {
+            let op = op(shape, capacity, format);
+            let rows = mixed_rows(5, 2, last);
+            let host = HostStages { attention: true, ..HostStages::default() };
+            for (role, host) in [
+                (Role::Prompt, HostStages::default()),
+                (Role::Generated { reach: last + 1 }, HostStages::default()),
+                (Role::Prompt, host),
+            ] {
+                for (name, device) in &devices {
+                    let run = |parts: usize| {
+                        output_of(device, |b| {
+                            let case = Case { op, role, room: 2, parts };
+                            let (mut p, outputs) = attention_case(b, &case, &rows, 0..5);
+                            let place = if host.attention { Place::Host } else { Place::Device };
+                            p.launches.iter_mut().for_each(|launch| launch.place = place);
+                            (p, outputs)
+                        })
+                    };
+                    let whole = run(1);
+                    for &parts in parts {
+                        assert!(run(parts) == whole, "{op:?} {role:?} {host:?}, {parts} parts: other bits on {name}");
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn rope_into_a_cache_in_parts_has_the_bits_of_one() {
+    let devices: Vec<_> = [("twins", cpu())].into_iter().chain(gpus().iter().cloned()).collect();
+    let (tokens, capacity) = (5, 40);
+    for ([h, hk, dh], parts) in [([16, 8, 32], &[2, 4, 8][..]), ([6, 3, 20], &[3]), ([2, 2, 128], &[2])] {
+        for (format, norm) in
+            [(CacheFormat::F32, false), (CacheFormat::F32, true), (CacheFormat::Bf16, false), (CacheFormat::Bf16, true)]
+        {
+            // Queries, then the words of the cache as one part has them.
+            let run = |device, parts: usize| {
+                let (mut b, mut random) = (Bench::new(device), Random(dh as u64));
+                let width = (h + 2 * hk) * dh;
+                let row = |i: u32| Row { token: 0, sequence: i % 2, position: i * 7 + 30, pad: 0 };
+                let rows = b.input(&(0..tokens as u32).map(row).collect::<Vec<_>>());
+                let table = b.input(&random.f32s(80 * dh));
+                let qkv = b.guarded(&random.f32s(tokens * width));
+                let gains = [b.input(&random.bf16s(dh)), b.input(&random.bf16s(dh))];
+                let row = format.bytes((hk * dh) as u64) as usize / 4 / parts;
+                let (page, pages, of_pages) = pages(&mut b, capacity, 2);
+                let mut part = |_| {
+                    let [keys, values] = [7.0, 8.0].map(|old| b.guarded(&vec![old; 2 * capacity * row]));
+                    KvCache { format, page, pages, table: of_pages, keys, values }
+                };
+                let cache: Vec<KvCache> = (0..parts).map(&mut part).collect();
+                let mut p = program(tokens);
+                let heads = [h, hk, dh].map(|n| n as u32);
+                if norm {
+                    p.norm_rope(1e-5, gains, Rotated { heads, rows, table, cache: &cache }, qkv);
+                } else {
+                    p.rope(heads, rows, table, qkv, &cache);
+                }
+                assert_eq!(p.launches.len(), parts);
+                let joined = |b: &Bench, slices: Vec<Slice>| -> Vec<u32> {
+                    let words = b.run(&Program::default(), &slices);
+                    let of_row = |at: usize| words.iter().flat_map(move |part| part[at * row..][..row].to_vec());
+                    (0..2 * capacity).flat_map(of_row).collect()
+                };
+                let qkv = b.run(&p, &[qkv]).swap_remove(0);
+                let keys = joined(&b, cache.iter().map(|part| part.keys).collect());
+                [qkv, keys, joined(&b, cache.iter().map(|part| part.values).collect())]
+            };
+            for (name, device) in &devices {
+                let whole = run(device, 1);
+                for &parts in parts {
+                    let what = format!("H={h} Hk={hk} Dh={dh} {format:?} norm: {norm}, {parts} parts");
+                    assert!(run(device, parts) == whole, "{what}: other bits on {name}");
+                }
             }
         }
     }

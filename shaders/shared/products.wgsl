@@ -51,12 +51,6 @@ fn scale_of(scales: array<u32, BATCH>, b: u32) -> u32 {
     return scales[b];
 }
 
-// Inputs where a lane has any, else zeros.
-fn of_lane(x: Sixteen, there: bool) -> Sixteen {
-    const NONE = vec4<f32>(0.0);
-    return Sixteen(select(NONE, x.a, there), select(NONE, x.b, there), select(NONE, x.c, there), select(NONE, x.d, there), x.scale);
-}
-
 // Find all sums of the workgroup: every lane must call it, once, after fetch(0u, 0u, lane).
 fn multiply(lane: u32) {
     let spans = (K / 16u + LANES - 1u) / LANES;
@@ -70,7 +64,7 @@ fn multiply(lane: u32) {
         let span = (start + lane) / LANES;
         var xs: array<Sixteen, TOKENS>;
         for (var j = 0u; j < TOKENS; j++) {
-            xs[j] = of_lane(in_units(input_at(input_row(j ^ mine), K / 16u, i)), there);
+            xs[j] = in_units(input_at(input_row(j ^ mine), K / 16u, i));
         }
         if start > 0u {
             fetch(0u, start, lane);
@@ -84,7 +78,8 @@ fn multiply(lane: u32) {
             for (var b = 0u; b < BATCH; b++) {
                 let w = opened(stored[b], scale_of(scales, b));
                 for (var j = 0u; j < TOKENS; j++) {
-                    values[j * BATCH + b] = dot16(w, xs[j]);
+                    // Chosen, also so that no compiler makes one fma of its last product and the sum over lanes.
+                    values[j * BATCH + b] = select(0.0, dot16(w, xs[j]), there);
                 }
             }
             var sum = fold(&values, lane);

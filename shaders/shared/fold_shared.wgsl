@@ -1,15 +1,14 @@
 // Fills slot `fold`: the sums of VALUES numbers over LANES neighbouring lanes, through workgroup memory. Every lane of a
 // workgroup of at most GROUPS LANES must call it. The tree is that of fold_subgroup: pairs at distance 1, then 2, 4 and so
-// on; so is the order of the numbers.
+// on. Number j BATCH + b is of row b of weights and token j.
 #import lanes
 #import tile
 const GROUPS = min(8u, 64u / VALUES);
 var<workgroup> fold_lanes: array<f32, VALUES * LANES * GROUPS>;
 
 fn fold(values: ptr<function, array<f32, VALUES>>, lane: u32) -> f32 {
-    let mine = kept(lane) / BATCH * BATCH;
     for (var k = 0u; k < VALUES; k++) {
-        fold_lanes[(k ^ mine) * LANES * GROUPS + lane] = (*values)[k];
+        fold_lanes[k * LANES * GROUPS + lane] = (*values)[k];
     }
     workgroupBarrier(); // all lanes have written
     let first = kept(lane) * LANES * GROUPS + lane / LANES * LANES;
@@ -24,6 +23,10 @@ fn fold(values: ptr<function, array<f32, VALUES>>, lane: u32) -> f32 {
     }
     workgroupBarrier(); // all lanes have read before the next ones come
     return sums[0];
+}
+
+fn first_token(lane: u32) -> u32 {
+    return 0u;
 }
 
 // Which sum a lane gets, of row b of weights and token j: j BATCH + b.

@@ -2,8 +2,9 @@
 // gives half of its numbers away and gets its neighbour's other half, so that all sums take little more than one. Needs
 // what reduce_subgroup needs; the tree is that of fold_shared: pairs at distance 1, then 2, 4 and so on.
 //
-// Number j BATCH + b is of row b of weights and of the lane's input number j, which is that of token j ^ kept(lane) / BATCH:
-// so a lane always keeps the first half of its inputs, and has to choose only among rows of weights.
+// Number j BATCH + b is of row b of weights and of the lane's input number j, which is that of token j ^ first_token(lane). Of
+// many tokens each lane has that one first whose sum it gets: so it always keeps the first half, and has to choose only among
+// rows of weights.
 #import lanes
 #import tile
 fn fold(values: ptr<function, array<f32, VALUES>>, lane: u32) -> f32 {
@@ -34,12 +35,16 @@ fn halve(values: ptr<function, array<f32, VALUES>>, half: u32, lane: u32) {
     for (var k = 0u; k < half; k++) {
         let a = (*values)[k];
         let b = (*values)[k + half];
-        if half >= BATCH {
+        if TOKENS >= 4u && half >= BATCH {
             (*values)[k] = a + subgroupShuffleXor(b, d);
         } else {
             (*values)[k] = select(a, b, upper) + subgroupShuffleXor(select(b, a, upper), d);
         }
     }
+}
+
+fn first_token(lane: u32) -> u32 {
+    return select(0u, kept(lane) / BATCH, TOKENS >= 4u);
 }
 
 // Which sum a lane gets, of row b of weights and token j: j BATCH + b.

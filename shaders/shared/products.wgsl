@@ -53,18 +53,18 @@ fn scale_of(scales: array<u32, BATCH>, b: u32) -> u32 {
 
 // Find all sums of the workgroup: every lane must call it, once, after fetch(0u, 0u, lane).
 fn multiply(lane: u32) {
-    let spans = (K / 16u + LANES - 1u) / LANES;
-    // The input that a lane has first is one whose sums it keeps longest.
-    let mine = kept(lane) / BATCH;
-    let place = (kept(lane) % BATCH * TOKENS + mine) * SLOTS;
+    let mine = first_token(lane);
     var end = end_at(min(lane, ROWS - 1u)); // sent for here, so that nobody waits for it at the end
     for (var start = 0u; start < K / 16u; start += LANES * WARPS) {
         let there = start + lane < K / 16u;
         let i = min(start + lane, K / 16u - 1u);
+        // Where it puts the sum that it keeps, if there is one.
         let span = (start + lane) / LANES;
+        let keeps = lane % LANES < VALUES && span * LANES < K / 16u;
+        let place = (kept(lane) % BATCH * TOKENS + kept(lane) / BATCH) * SLOTS + span % SLOTS;
         var xs: array<Sixteen, TOKENS>;
         for (var j = 0u; j < TOKENS; j++) {
-            xs[j] = in_units(input_at(input_row(j ^ mine), K / 16u, i));
+            xs[j] = in_units(input_at(input_row(j ^ mine), K / 16u, i), there);
         }
         if start > 0u {
             fetch(0u, start, lane);
@@ -78,13 +78,12 @@ fn multiply(lane: u32) {
             for (var b = 0u; b < BATCH; b++) {
                 let w = opened(stored[b], scale_of(scales, b));
                 for (var j = 0u; j < TOKENS; j++) {
-                    // Chosen, also so that no compiler makes one fma of its last product and the sum over lanes.
-                    values[j * BATCH + b] = select(0.0, dot16(w, xs[j]), there);
+                    values[j * BATCH + b] = dot16(w, xs[j]);
                 }
             }
             var sum = fold(&values, lane);
-            if lane % LANES < VALUES && span < spans {
-                let at = l * TOKENS * SLOTS + place + span % SLOTS;
+            if keeps {
+                let at = l * TOKENS * SLOTS + place;
                 if span >= SLOTS {
                     sum += found[at]; // which this lane wrote
                 }

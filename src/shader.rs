@@ -56,7 +56,7 @@ pub(crate) const REDUCE: Slot = Slot { name: "reduce", fillings: &["reduce_subgr
 /// The sums of several numbers over those lanes; the adapter decides.
 pub(crate) const FOLD: Slot = Slot { name: "fold", fillings: &["fold_subgroup", "fold_shared"] };
 /// Rows of inputs of a workgroup, and rows of weights that pass at a time.
-pub(crate) const TILE: Slot = Slot { name: "tile", fillings: &["tile_1x2", "tile_2x4", "tile_4x4"] };
+pub(crate) const TILE: Slot = Slot { name: "tile", fillings: &["tile_1x2", "tile_2x4", "tile_4x2", "tile_4x4"] };
 /// The same of experts, whose codes take longer to decode than to read.
 pub(crate) const EXPERT_TILE: Slot = Slot { name: "tile", fillings: &["tile_1x4", "tile_2x4", "tile_4x4"] };
 /// The same for one row.
@@ -146,6 +146,7 @@ shared!(
     "tile_1x2",
     "tile_1x4",
     "tile_2x4",
+    "tile_4x2",
     "tile_4x4",
     "tiles_2",
     "tiles_4",

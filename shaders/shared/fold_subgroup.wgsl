@@ -5,8 +5,13 @@
 // Number j BATCH + b is of row b of weights and of the lane's input number j, which is that of token j ^ first_token(lane). Of
 // many tokens each lane has that one first whose sum it gets: so it always keeps the first half, and has to choose only among
 // rows of weights.
+//
+// Not where the numbers are products that were rounded: with no choice between, compilers make one fma of such a product and
+// the first addition, in one tile and not in another.
 #import lanes
 #import tile
+const IN_TURN = TOKENS >= 4u && !WEIGHT_SCALES_ROUND && !INPUT_SCALES_ROUND;
+
 fn fold(values: ptr<function, array<f32, VALUES>>, lane: u32) -> f32 {
     // Step by step: compilers do not unroll these as a loop.
     if VALUES >= 16u {
@@ -35,7 +40,7 @@ fn halve(values: ptr<function, array<f32, VALUES>>, half: u32, lane: u32) {
     for (var k = 0u; k < half; k++) {
         let a = (*values)[k];
         let b = (*values)[k + half];
-        if TOKENS >= 4u && half >= BATCH {
+        if IN_TURN && half >= BATCH {
             (*values)[k] = a + subgroupShuffleXor(b, d);
         } else {
             (*values)[k] = select(a, b, upper) + subgroupShuffleXor(select(b, a, upper), d);
@@ -44,7 +49,7 @@ fn halve(values: ptr<function, array<f32, VALUES>>, half: u32, lane: u32) {
 }
 
 fn first_token(lane: u32) -> u32 {
-    return select(0u, kept(lane) / BATCH, TOKENS >= 4u);
+    return select(0u, kept(lane) / BATCH, IN_TURN);
 }
 
 // Which sum a lane gets, of row b of weights and token j: j BATCH + b.

@@ -10,7 +10,7 @@
 @group(0) @binding(13) var<storage, read_write> h: array<vec4<f32>>;
 
 const INPUT_UNIT = 1.0;
-const INPUT_SCALED = false;
+const INPUT_SCALES_ROUND = false;
 
 var<private> scale_of_row: f32;
 // The lane's first sixteen of the sum: mostly all that it has.

@@ -3,7 +3,7 @@
 @group(0) @binding(4) var<storage, read> x: array<vec4<f32>>;
 
 const INPUT_UNIT = 1.0;
-const INPUT_SCALED = false;
+const INPUT_SCALES_ROUND = false;
 
 // Elements 16i..16i+16 of a row of K = 16 chunks elements.
 fn input_at(row: u32, chunks: u32, i: u32) -> Sixteen {

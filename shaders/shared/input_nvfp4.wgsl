@@ -7,7 +7,7 @@
 @group(0) @binding(8) var<storage, read> x_scales: array<f32>;
 
 const INPUT_UNIT = E2M1_UNIT;
-const INPUT_SCALED = true;
+const INPUT_SCALES_ROUND = true;
 
 // Elements 16i..16i+16 of a row of K = 16 chunks elements.
 fn input_at(row: u32, chunks: u32, i: u32) -> Sixteen {

@@ -60,6 +60,7 @@ fn multiply(lane: u32) {
         let i = min(start + lane, K / 16u - 1u);
         // Where it puts the sum that it keeps, if there is one.
         let span = (start + lane) / LANES;
+        let again = K / 16u > SLOTS * LANES && span >= SLOTS; // never, mostly
         let keeps = lane % LANES < VALUES && span * LANES < K / 16u;
         let place = (kept(lane) % BATCH * TOKENS + kept(lane) / BATCH) * SLOTS + span % SLOTS;
         var xs: array<Sixteen, TOKENS>;
@@ -84,7 +85,7 @@ fn multiply(lane: u32) {
             var sum = fold(&values, lane);
             if keeps {
                 let at = l * TOKENS * SLOTS + place;
-                if span >= SLOTS {
+                if again {
                     sum += found[at]; // which this lane wrote
                 }
                 found[at] = sum;

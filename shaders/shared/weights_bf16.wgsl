@@ -4,7 +4,7 @@
 @group(0) @binding(1) var<storage, read> codes: array<vec4<u32>>;
 
 const WEIGHT_UNIT = 1.0;
-const WEIGHT_SCALED = false; // whether sixteens have a scale of their own
+const WEIGHT_SCALES_ROUND = false;
 
 struct Stored {
     lower: vec4<u32>,

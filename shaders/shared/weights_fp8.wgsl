@@ -5,7 +5,7 @@
 @group(0) @binding(7) var<storage, read> row_scales: array<f32>;
 
 const WEIGHT_UNIT = 1.0;
-const WEIGHT_SCALED = false; // whether sixteens have a scale of their own
+const WEIGHT_SCALES_ROUND = false;
 
 struct Stored {
     codes: vec4<u32>,

@@ -5,7 +5,7 @@
 @group(0) @binding(2) var<storage, read> scales: array<f32>;
 
 const WEIGHT_UNIT = 1.0;
-const WEIGHT_SCALED = true; // whether sixteens have a scale of their own
+const WEIGHT_SCALES_ROUND = true;
 
 struct Stored {
     codes: vec4<u32>,

@@ -6,7 +6,8 @@
 @group(0) @binding(2) var<storage, read> scales: array<u32>;
 
 const WEIGHT_UNIT = E2M1_UNIT;
-const WEIGHT_SCALED = true; // whether sixteens have a scale of their own
+// Scales are powers of two: scaling rounds nothing that is above 2^-126.
+const WEIGHT_SCALES_ROUND = false;
 
 // 2^(code - 127). Code 0 is the subnormal 2^-127, which some GPUs flush to 0 (an H200 does): such a block then counts
 // as zeros, an error below 1e-37. Code 255 (NaN) is refused at load.

@@ -8,7 +8,7 @@
 @group(0) @binding(7) var<storage, read> row_scales: array<f32>;
 
 const WEIGHT_UNIT = E2M1_UNIT;
-const WEIGHT_SCALED = true; // whether sixteens have a scale of their own
+const WEIGHT_SCALES_ROUND = true;
 
 struct Stored {
     codes: vec2<u32>,

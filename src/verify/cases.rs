@@ -420,6 +420,10 @@ fn linear() -> Vec<Case> {
     all.push(linear_case(Format::Mxfp4, [17, 2880], false, true));
     // Rows that fill their workgroups.
     all.extend([Format::Mxfp4, Format::Nvfp4].map(|format| linear_case(format, [544, 352], false, true)));
+    // As many columns as lanes, with 8 of them and with 32: no lane is without any.
+    all.extend([Format::Nvfp4, Format::Fp8Blocks].map(|format| linear_case(format, [40, 512], false, true)));
+    // Many rows.
+    all.push(linear_case(Format::Bf16, [4100, 96], false, false));
     all
 }
 

@@ -5,9 +5,11 @@ use crate::device::{Device, Later};
 use crate::engine::{Session, write_rows};
 use crate::error::{Error, Result};
 use crate::ops::{Drawn, Row};
+use crate::parallel::{in_parallel, threads};
 use crate::program::{Program, Slice};
 use crate::sampler::{Choice, Sampling, sample};
 use crate::tokenizer::TokenId;
+use std::borrow::Cow;
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 
@@ -110,6 +112,14 @@ impl Verified {
             Self::Likeliest(drawn) => choice(&drawn[row]),
         }
     }
+
+    /// Draw from the first rows at once, on the host, as far as that pays. `history` ends before the tokens that were proposed.
+    pub(crate) fn sample_rows(&self, sampling: &Sampling, history: &[TokenId], proposed: &[TokenId]) -> Chosen {
+        let Self::Logits(logits) = self else { return Chosen::new() };
+        let rows = bytemuck::cast_slice(logits).chunks_exact(size_of_val(&logits[..]) / (proposed.len() + 1));
+        let candidate = |(row, logits)| Candidate { row, logits, sampling, history, proposed: &proposed[..row] };
+        sample_rows(rows.enumerate().map(candidate).collect())
+    }
 }
 
 impl Session {
@@ -154,6 +164,53 @@ impl Session {
     }
 }
 
+/// A row of a step that a token may be drawn from on the host.
+pub(crate) struct Candidate<'a> {
+    /// Its place in the step.
+    pub row: usize,
+    /// Its logits, `[V]`, as bytes.
+    pub logits: &'a [u8],
+    /// How its token is drawn.
+    pub sampling: &'a Sampling,
+    /// What the conversation was before the step.
+    pub history: &'a [TokenId],
+    /// What was proposed to come between that and the token. The row counts if all of it is right.
+    pub proposed: &'a [TokenId],
+}
+
+impl Candidate<'_> {
+    fn sample(&self) -> Result<Choice> {
+        let history = match self.proposed {
+            [] => Cow::Borrowed(self.history),
+            proposed => Cow::Owned([self.history, proposed].concat()),
+        };
+        sample(self.sampling, &floats(self.logits), &history, history.len() as u64)
+    }
+}
+
+/// What is drawn from rows, by their places in the step.
+pub(crate) type Chosen = HashMap<usize, Result<Choice>>;
+
+/// Draw from several rows at once: from those that count for certain, and, of those that count if proposals are right, from as
+/// many as take no longer, since threads would be idle.
+pub(crate) fn sample_rows(mut rows: Vec<Candidate>) -> Chosen {
+    let Some(vocab) = rows.first().map(|row| row.logits.len() / 4) else { return Chosen::new() };
+    let certain = rows.iter().filter(|row| row.proposed.is_empty()).count();
+    rows.sort_by_key(|row| row.proposed.len());
+    rows.truncate(certain.next_multiple_of(threads(rows.len(), vocab)));
+    let draw = |row: &Candidate| (row.row, row.sample());
+    let chosen = in_parallel(rows.len(), vocab, |run| rows[run].iter().map(draw).collect::<Vec<_>>());
+    chosen.into_iter().flatten().collect()
+}
+
+/// Logits that were read as bytes.
+pub(crate) fn floats(bytes: &[u8]) -> Cow<'_, [f32]> {
+    match bytemuck::try_cast_slice(bytes) {
+        Ok(floats) => Cow::Borrowed(floats),
+        Err(_) => bytes.chunks_exact(4).map(bytemuck::pod_read_unaligned).collect(), // not aligned
+    }
+}
+
 /// The token of a row, or why there is none.
 pub(crate) fn choice(drawn: &Drawn) -> Result<Choice> {
     let refuse = |what: &str| Err(Error::Device(format!("the logits {what}: a kernel or the checkpoint is at fault")));
@@ -164,4 +221,57 @@ pub(crate) fn choice(drawn: &Drawn) -> Result<Choice> {
         return refuse("leave no token to choose");
     }
     Ok(Choice { id: drawn.id, logprob: -drawn.sum.ln(), top: Vec::new() })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn rows_drawn_at_once_are_those_drawn_one_by_one() {
+        const V: usize = 40_000;
+        let n = 9;
+        let mut logits: Vec<f32> = (0..n * V).map(|i| (i * 7919 % 10_007) as f32 * 1e-3).collect();
+        logits[4 * V + 3] = f32::NAN;
+        let sampling = Sampling { repetition_penalty: 1.3, top_logprobs: 2, ..Sampling::default() };
+        let (history, proposed) = (vec![5, 9, 700], vec![8, 1, 2, 3, 4, 5, 6, 7]);
+        let text = |row: usize| [&history[..], &proposed[..row]].concat();
+        let want = |row: usize| sample(&sampling, &logits[row * V..(row + 1) * V], &text(row), 3 + row as u64);
+        let show = |result: Result<Choice>| result.map_err(|e| e.to_string());
+
+        let verified = Verified::Logits(logits.clone());
+        let mut chosen = verified.sample_rows(&sampling, &history, &proposed);
+        for row in 0..n {
+            // What is left out is drawn when it is asked for; what is certain is never left out.
+            assert!(row > 0 || chosen.contains_key(&0));
+            if let Some(got) = chosen.remove(&row) {
+                assert_eq!(show(got), show(want(row)), "{row}");
+            }
+            assert_eq!(show(verified.choose(row, V, &sampling, &text(row))), show(want(row)), "{row}");
+        }
+        assert!(chosen.is_empty());
+
+        let bytes: &[u8] = bytemuck::cast_slice(&logits);
+        let candidate = |row: usize| {
+            let logits = &bytes[row * V * 4..(row + 1) * V * 4];
+            Candidate { row, logits, sampling: &sampling, history: &history, proposed: &[] }
+        };
+        let chosen = sample_rows((0..n).rev().map(candidate).collect());
+        assert_eq!(chosen.len(), n, "all are certain");
+        for (row, got) in chosen {
+            let want = sample(&sampling, &logits[row * V..(row + 1) * V], &history, 3);
+            assert_eq!(show(got), show(want), "{row}");
+        }
+        assert!(sample_rows(Vec::new()).is_empty());
+        assert!(Verified::Likeliest(Vec::new()).sample_rows(&sampling, &history, &[]).is_empty());
+    }
+
+    #[test]
+    fn floats_may_lie_anywhere() {
+        let values = [1.5f32, -2.0, f32::MAX];
+        let bytes: &[u8] = bytemuck::cast_slice(&values);
+        let shifted = [&[0], bytes].concat();
+        assert_eq!(*floats(bytes), values);
+        assert_eq!(*floats(&shifted[1..]), values);
+    }
 }

@@ -44,6 +44,7 @@ pub mod model;
 #[doc(hidden)]
 pub mod ops;
 pub mod oracle;
+mod parallel;
 #[doc(hidden)]
 pub mod program;
 pub mod quantize;

@@ -1,6 +1,6 @@
 //! The decode loop, pulled one token at a time: stopping is not pulling again.
 
-use crate::decode::Verified;
+use crate::decode::{Chosen, Verified};
 use crate::engine::{Engine, Session, Want};
 use crate::error::{Error, Result};
 use crate::sampler::{Choice, Sampling, StopStrings, sample};
@@ -135,6 +135,11 @@ impl Output {
         &self.history
     }
 
+    /// How tokens are drawn.
+    pub fn sampling(&self) -> &Sampling {
+        &self.options.sampling
+    }
+
     /// Draw the next token.
     pub fn sample(&self, logits: &[f32]) -> Result<Choice> {
         sample(&self.options.sampling, logits, &self.history, self.history.len() as u64)
@@ -186,8 +191,8 @@ pub struct Reply<'s> {
     /// Tokens of the prompt that are still to be computed.
     pending: Vec<TokenId>,
     output: Output,
-    /// The last step's rows, and what it gave for them: the next token may stand there already.
-    step: Option<(Rows, Verified)>,
+    /// The last step's rows, what it gave for them, and what was drawn: the next token may stand there already.
+    step: Option<(Rows, Verified, Chosen)>,
     /// The row of the last step that the last token was drawn from.
     row: usize,
     /// Do not compute on the device what was not asked for, so that the last token's logits stay there.
@@ -307,13 +312,14 @@ impl<'s> Reply<'s> {
         } else if let Some(speculation) = &mut self.session.speculation {
             speculation.stepped(&rows, started.elapsed());
         }
-        self.step = Some((rows, verified));
+        let chosen = verified.sample_rows(&self.output.options.sampling, &self.output.history, &rows.tokens()[1..]);
+        self.step = Some((rows, verified, chosen));
         self.take_row(last).expect("the first row is the last token's").map(Some)
     }
 
     /// The token after a row of the last step that was computed over `last`, if there is one.
     fn take_row(&mut self, last: TokenId) -> Option<Result<Choice>> {
-        let (rows, verified) = self.step.as_mut()?;
+        let (rows, verified, chosen) = self.step.as_mut()?;
         let row = match &mut self.session.speculation {
             Some(speculation) => speculation.next_row(rows, last),
             None => rows.next(last),
@@ -324,6 +330,9 @@ impl<'s> Reply<'s> {
         };
         self.row = row;
         self.session.hold(last);
+        if let Some(choice) = chosen.remove(&row) {
+            return Some(choice);
+        }
         let vocab = self.session.engine().config().vocab_size;
         Some(verified.choose(row, vocab, &self.output.options.sampling, &self.output.history))
     }

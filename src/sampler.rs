@@ -2,14 +2,19 @@
 //!
 //! A choice is a pure function of the options, the logits, the history and the position: no state, no call order.
 
-use std::{cmp::Ordering, collections::HashSet};
+use std::collections::HashSet;
 
 use crate::error::{Error, Result};
 
+mod exp;
 mod philox;
+mod ranked;
 mod stop;
 
 pub use stop::StopStrings;
+
+use exp::{exp, sum};
+use ranked::Ranked;
 
 /// How tokens are chosen. The steps are applied in the order of the fields, which is the order of transformers:
 /// repetition penalty, temperature, top-k, top-p, min-p; each sees what the one before it left, renormalised.
@@ -91,80 +96,74 @@ pub struct Choice {
 /// `logits` is `[V]`; minus infinity forbids a token. `history` holds the ids that the repetition penalty counts
 /// (prompt and answer; ids of V and above are ignored). `position` makes each draw of a conversation a new one.
 /// The kept tokens are lined up by falling logit, of equal ones the lowest id first, and the random number picks along
-/// that line (inverse CDF). All sums are in f64.
+/// that line (inverse CDF). All sums are in f64, in an order that is the same on every machine.
 ///
 /// # Errors
 /// What [`Sampling::validate`] refuses; [`Error::Device`] if the logits contain NaN or plus infinity, or no token that
 /// can be chosen: then a kernel or the checkpoint is at fault, and any choice would hide it.
 pub fn sample(sampling: &Sampling, logits: &[f32], history: &[u32], position: u64) -> Result<Choice> {
     sampling.validate()?;
-    let largest = largest_logit(logits)?;
+    let mut ranked = Ranked::new(logits);
+    let largest = f64::from(ranked.largest());
+    // NaN passes through to the sum.
+    let mass = sum(logits, |logit| exp(f64::from(logit) - largest));
+    if !largest.is_finite() || mass.is_nan() {
+        return Err(refusal(logits));
+    }
 
-    let penalised = penalise(logits, history, sampling.repetition_penalty);
-    let id = if sampling.temperature == 0.0 {
-        argmax(&penalised)
-    } else {
-        draw(sampling, &penalised, philox::uniform(sampling.seed, sampling.stream, position))
+    let uniform = philox::uniform(sampling.seed, sampling.stream, position);
+    let id = match sampling.repetition_penalty {
+        // At temperature 1 a weight is what was summed already.
+        1.0 => draw(sampling, &mut ranked, (sampling.temperature == 1.0).then_some(mass), uniform),
+        penalty => draw(sampling, &mut Ranked::new(&penalise(logits, history, penalty)), None, uniform),
     };
 
-    let sum: f64 = logits.iter().map(|&l| (f64::from(l) - largest).exp()).sum();
-    let logprob = |logit: f32| (f64::from(logit) - largest - sum.ln()) as f32;
-    let mut ranked = Ranked::new(if sampling.top_logprobs > 0 { logits } else { &[] });
-    let n_top = sampling.top_logprobs.min(ranked.tokens.len());
+    let logprob = |logit: f32| (f64::from(logit) - largest - mass.ln()) as f32;
+    let n_top = sampling.top_logprobs.min(logits.len());
     let top = (0..n_top).map(|rank| ranked.get(rank)).map(|(logit, id)| (id, logprob(logit))).collect();
     Ok(Choice { id, logprob: logprob(logits[id as usize]), top })
 }
 
-fn largest_logit(logits: &[f32]) -> Result<f64> {
-    let refuse =
-        |what: String| Err(Error::Device(format!("the logits {what}: a kernel or the checkpoint is at fault")));
-    if let Some(id) = logits.iter().position(|l| l.is_nan() || *l == f32::INFINITY) {
-        let what = if logits[id].is_nan() { "NaN" } else { "infinity" };
-        return refuse(format!("contain {what} (first at token {id} of {})", logits.len()));
-    }
-    match logits.iter().copied().fold(f32::NEG_INFINITY, f32::max) {
-        f32::NEG_INFINITY => refuse(format!("leave no token to choose ({} tokens)", logits.len())),
-        largest => Ok(f64::from(largest)),
-    }
+/// What is wrong with logits that nothing can be drawn from.
+fn refusal(logits: &[f32]) -> Error {
+    let what = match logits.iter().position(|l| l.is_nan() || *l == f32::INFINITY) {
+        Some(id) => {
+            let what = if logits[id].is_nan() { "NaN" } else { "infinity" };
+            format!("contain {what} (first at token {id} of {})", logits.len())
+        }
+        None => format!("leave no token to choose ({} tokens)", logits.len()),
+    };
+    Error::Device(format!("the logits {what}: a kernel or the checkpoint is at fault"))
 }
 
 /// Once for each distinct id, however often it occurs. In f32, as transformers does; clamped where that overflows.
 fn penalise(logits: &[f32], history: &[u32], penalty: f32) -> Vec<f32> {
     let mut out = logits.to_vec();
-    if penalty != 1.0 {
-        for id in history.iter().map(|&id| id as usize).filter(|&id| id < logits.len()).collect::<HashSet<_>>() {
-            let logit = logits[id];
-            let penalised = if logit < 0.0 { logit * penalty } else { logit / penalty };
-            // A forbidden token stays forbidden, a possible one possible.
-            out[id] = if logit.is_finite() { penalised.clamp(f32::MIN, f32::MAX) } else { logit };
-        }
+    for id in history.iter().map(|&id| id as usize).filter(|&id| id < logits.len()).collect::<HashSet<_>>() {
+        let logit = logits[id];
+        let penalised = if logit < 0.0 { logit * penalty } else { logit / penalty };
+        // A forbidden token stays forbidden, a possible one possible.
+        out[id] = if logit.is_finite() { penalised.clamp(f32::MIN, f32::MAX) } else { logit };
     }
     out
 }
 
-/// The largest logit's token, of equal ones the lowest id.
-fn argmax(logits: &[f32]) -> u32 {
-    let (_, id) =
-        logits.iter().zip(0..).fold((f32::NEG_INFINITY, 0), |best, (&l, id)| if l > best.0 { (l, id) } else { best });
-    id
-}
-
-/// The token that `uniform`, a number in [0, 1), picks from the filtered distribution.
-fn draw(sampling: &Sampling, logits: &[f32], uniform: f64) -> u32 {
-    let mut ranked = Ranked::new(logits);
-    let largest = f64::from(ranked.get(0).0);
-    let temperature = f64::from(sampling.temperature);
-    // Unnormalised probability: 1 for the likeliest token, so min-p compares with it directly.
-    let weight = |logit: f32| ((f64::from(logit) - largest) / temperature).exp();
-
-    if (1..logits.len()).contains(&sampling.top_k) {
-        ranked.keep(sampling.top_k);
+/// The token that `uniform`, a number in [0, 1), picks from the filtered distribution. `mass`: the sum of all weights, where it
+/// is known.
+fn draw(sampling: &Sampling, ranked: &mut Ranked, mass: Option<f64>, uniform: f64) -> u32 {
+    if sampling.temperature == 0.0 {
+        return ranked.get(0).1;
     }
-    let n_after_top_k = ranked.tokens.len();
-    // Without top-k the sum runs in the order of ids, so that it does not depend on how far the ranking has come.
-    let mut mass: f64 = match n_after_top_k == logits.len() {
-        true => logits.iter().map(|&l| weight(l)).sum(),
-        false => ranked.tokens.iter().map(|&(l, _)| weight(l)).sum(),
+    let largest = f64::from(ranked.largest());
+    let sharpness = 1.0 / f64::from(sampling.temperature); // dividing each logit would cost a quarter of `exp`
+    // Unnormalised probability: 1 for the likeliest token, so min-p compares with it directly.
+    let weight = |logit: f32| exp((f64::from(logit) - largest) * sharpness);
+
+    let n_tokens = ranked.logits().len();
+    let (n_after_top_k, mut mass) = match sampling.top_k {
+        top_k if (1..n_tokens).contains(&top_k) => (top_k, (0..top_k).map(|rank| weight(ranked.get(rank).0)).sum()),
+        // In the order of ids, so that the sum does not depend on how far the ranking has come.
+        _ => (n_tokens, mass.unwrap_or_else(|| sum(ranked.logits(), weight))),
     };
 
     // Top-p and min-p each keep the front of the line.
@@ -199,52 +198,95 @@ fn draw(sampling: &Sampling, logits: &[f32], uniform: f64) -> u32 {
     chosen // if rounding kept the sum below the target: the last token that has any weight
 }
 
-/// Tokens by falling logit, of equal ones the lowest id first; sorted only as far as anyone has looked, since a
-/// vocabulary is large and the choice nearly always lies near the front.
-struct Ranked {
-    tokens: Vec<(f32, u32)>,
-    n_sorted: usize,
-}
-
-impl Ranked {
-    fn new(logits: &[f32]) -> Self {
-        Self { tokens: logits.iter().copied().zip(0..).collect(), n_sorted: 0 }
-    }
-
-    /// The logit and id at a rank.
-    fn get(&mut self, rank: usize) -> (f32, u32) {
-        if rank >= self.n_sorted {
-            self.sort_at_least(rank + 1);
-        }
-        self.tokens[rank]
-    }
-
-    /// Drops all but the first `n`.
-    fn keep(&mut self, n: usize) {
-        self.sort_at_least(n);
-        self.tokens.truncate(n);
-        self.n_sorted = self.n_sorted.min(n);
-    }
-
-    fn sort_at_least(&mut self, n: usize) {
-        let n = n.max(4 * self.n_sorted).max(64).min(self.tokens.len());
-        let rest = &mut self.tokens[self.n_sorted..];
-        let n_new = n - self.n_sorted;
-        if n_new < rest.len() {
-            rest.select_nth_unstable_by(n_new, by_rank);
-        }
-        rest[..n_new].sort_unstable_by(by_rank);
-        self.n_sorted = n;
-    }
-}
-
-fn by_rank(a: &(f32, u32), b: &(f32, u32)) -> Ordering {
-    b.0.partial_cmp(&a.0).expect("NaN was refused before ranking").then(a.1.cmp(&b.1))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::cmp::Ordering;
+
+    fn by_rank(a: &(f32, u32), b: &(f32, u32)) -> Ordering {
+        b.0.partial_cmp(&a.0).expect("no NaN").then(a.1.cmp(&b.1))
+    }
+
+    fn draw(sampling: &Sampling, logits: &[f32], uniform: f64) -> u32 {
+        super::draw(sampling, &mut Ranked::new(logits), None, uniform)
+    }
+
+    /// The definition, step by step, over all tokens in order.
+    fn plain(sampling: &Sampling, logits: &[f32], history: &[u32], position: u64) -> Choice {
+        let sorted = |logits: &[f32]| {
+            let mut tokens: Vec<(f32, u32)> = logits.iter().copied().zip(0..).collect();
+            tokens.sort_by(by_rank);
+            tokens
+        };
+        let line = sorted(&penalise(logits, history, sampling.repetition_penalty));
+        let (largest, temperature) = (f64::from(line[0].0), f64::from(sampling.temperature));
+        let mut id = line[0].1;
+        if temperature > 0.0 {
+            let weighed = line.iter().map(|&(l, id)| (((f64::from(l) - largest) / temperature).exp(), id));
+            let top_k = if sampling.top_k == 0 { line.len() } else { sampling.top_k };
+            let mut kept: Vec<(f64, u32)> = weighed.take(top_k).collect();
+            let mass: f64 = kept.iter().map(|(w, _)| w).sum();
+            let (top_p, min_p) = (f64::from(sampling.top_p), f64::from(sampling.min_p));
+            let mut before = 0.0;
+            let stays = |w: f64, before: f64| (top_p == 1.0 || before < top_p * mass) && w >= min_p;
+            let n_kept = kept.iter().take_while(|(w, _)| {
+                let kept = before == 0.0 || stays(*w, before);
+                before += w;
+                kept
+            });
+            kept.truncate(n_kept.count());
+            let target =
+                philox::uniform(sampling.seed, sampling.stream, position) * kept.iter().map(|(w, _)| w).sum::<f64>();
+            let mut sum = 0.0;
+            for (w, candidate) in kept.into_iter().take_while(|(w, _)| *w > 0.0) {
+                (sum, id) = (sum + w, candidate);
+                if sum > target {
+                    break;
+                }
+            }
+        }
+        let own = sorted(logits);
+        let sum: f64 = logits.iter().map(|&l| (f64::from(l) - f64::from(own[0].0)).exp()).sum();
+        let logprob = |l: f32| (f64::from(l) - f64::from(own[0].0) - sum.ln()) as f32;
+        let top = own.iter().take(sampling.top_logprobs).map(|&(l, id)| (id, logprob(l))).collect();
+        Choice { id, logprob: logprob(logits[id as usize]), top }
+    }
+
+    #[test]
+    fn choices_are_those_of_the_definition() {
+        let number = |i: u64| philox::uniform(11, 3, i);
+        for case in 0..3000u64 {
+            let at = |i: u64| number(case * 100 + i);
+            let pick = |i: u64, options: &[f32]| options[(at(i) * options.len() as f64) as usize];
+            let n = pick(0, &[1.0, 2.0, 63.0, 64.0, 65.0, 300.0, 1500.0, 5000.0]) as usize;
+            let (spread, step) = (pick(1, &[1.0, 8.0, 30.0, 2000.0]), pick(2, &[0.0, 0.0, 0.5]));
+            let logit = |i: u64| {
+                let l = philox::uniform(case, 1, i) as f32 * spread - spread / 2.0;
+                let l = if step > 0.0 { (l / step).round() * step } else { l };
+                if i > 0 && philox::uniform(case, 2, i) < 0.1 { f32::NEG_INFINITY } else { l }
+            };
+            let logits: Vec<f32> = (0..n as u64).map(logit).collect();
+            let history: Vec<u32> = (0..20).map(|i| (at(20 + i) * 400.0) as u32).collect();
+            let sampling = Sampling {
+                repetition_penalty: pick(3, &[1.0, 1.0, 1.1, 0.9]),
+                temperature: pick(4, &[0.0, 1.0, 1.0, 0.8, 0.1, 3.0]),
+                top_k: pick(5, &[0.0, 0.0, 1.0, 40.0, 64.0, 100.0, 2000.0]) as usize,
+                top_p: pick(6, &[1.0, 1.0, 0.95, 0.3, 0.0]),
+                min_p: pick(7, &[0.0, 0.0, 0.05, 0.5, 1.0]),
+                seed: case,
+                stream: case % 3,
+                top_logprobs: pick(8, &[0.0, 1.0, 20.0, 6000.0]) as usize,
+            };
+            let (got, want) =
+                (sample(&sampling, &logits, &history, case).unwrap(), plain(&sampling, &logits, &history, case));
+            // f32 is no finer where log-probabilities are large.
+            let near = |a: f32, b: f32| a == b || (a - b).abs() < 1e-6 * b.abs().max(1.0);
+            assert_eq!(got.id, want.id, "{case}: {n} tokens, {sampling:?}");
+            assert!(near(got.logprob, want.logprob), "{case}: {} and {}", got.logprob, want.logprob);
+            assert_eq!(got.top.len(), want.top.len());
+            assert!(got.top.iter().zip(&want.top).all(|(a, b)| a.0 == b.0 && near(a.1, b.1)), "{case}");
+        }
+    }
 
     /// Ids drawn at positions 0..n.
     fn ids(sampling: &Sampling, logits: &[f32], n: u64) -> Vec<u32> {

@@ -7,7 +7,7 @@ mod request;
 pub use options::SchedulerOptions;
 pub use request::Request;
 
-use crate::decode::{DecodePrograms, choice, drawn};
+use crate::decode::{Candidate, Chosen, DecodePrograms, choice, drawn, floats, sample_rows};
 use crate::device::Later;
 use crate::engine::{Engine, write_picks, write_rows};
 use crate::error::{Error, Result};
@@ -653,6 +653,10 @@ impl Scheduler {
             }
         };
         let (took, row_bytes) = (started.elapsed(), self.engine.config().vocab_size * 4);
+        let mut chosen = match &logits {
+            Some(bytes) => sample_rows(self.candidates(&step.feeds, &step.places, bytes)),
+            None => Chosen::new(),
+        };
         for (feed, place) in step.feeds.iter().zip(step.places) {
             let Some(at) = self.index(feed.id) else { continue }; // it was cancelled
             let Running { slot, task } = &mut self.running[at];
@@ -676,7 +680,7 @@ impl Scheduler {
                 let logits = logits.map(|bytes| &bytes[row * row_bytes..(row + 1) * row_bytes]);
                 let hash = logits.filter(|_| self.hashing).map(hash_bytes);
                 let chosen = match logits.filter(|_| !task.output.greedy()) {
-                    Some(bytes) => task.output.sample(&floats(bytes)),
+                    Some(bytes) => chosen.remove(&row).unwrap_or_else(|| task.output.sample(&floats(bytes))),
                     None => choice(&drawn[row]),
                 };
                 let chosen = match chosen {
@@ -705,6 +709,27 @@ impl Scheduler {
         Ok(())
     }
 
+    /// The rows of a step that tokens may be drawn from on the host. `logits`: those of all its rows, as bytes.
+    fn candidates<'a>(&'a self, feeds: &[Feed], places: &[usize], logits: &'a [u8]) -> Vec<Candidate<'a>> {
+        let row_bytes = self.engine.config().vocab_size * 4;
+        let mut candidates = Vec::new();
+        for (feed, place) in feeds.iter().zip(places).filter(|(feed, _)| feed.draws && feed.logits) {
+            let Some(task) = self.index(feed.id).map(|at| &self.running[at].task) else { continue };
+            if task.output.greedy() {
+                continue;
+            }
+            let proposal = task.rows.as_ref().map_or(&[][..], |rows| &rows.tokens()[1..]);
+            let candidate = |n: usize| {
+                let row = place - proposal.len() + n;
+                let logits = &logits[row * row_bytes..(row + 1) * row_bytes];
+                let (sampling, history) = (task.output.sampling(), task.output.history());
+                Candidate { row, logits, sampling, history, proposed: &proposal[..n] }
+            };
+            candidates.extend((0..=proposal.len()).map(candidate));
+        }
+        candidates
+    }
+
     /// Where a session stands among those that run, which are in the order of their ids.
     fn index(&self, id: u64) -> Option<usize> {
         self.running.binary_search_by_key(&id, |r| r.task.id).ok()
@@ -722,10 +747,6 @@ impl Drop for Scheduler {
 fn by_need(mut feeds: Vec<Feed>) -> Vec<Feed> {
     feeds.sort_by_key(|feed| !feed.logits);
     feeds
-}
-
-fn floats(bytes: &[u8]) -> Vec<f32> {
-    bytes.chunks_exact(4).map(bytemuck::pod_read_unaligned).collect()
 }
 
 /// A hash of the bits of logits, for tests.

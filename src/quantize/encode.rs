@@ -1,18 +1,16 @@
 //! Encoding matrices: rows in parallel, their codes, and how far each is from what it was.
 
 use std::ops::Range;
-use std::thread;
 
 use super::source::{self, Matrix};
 use super::{Deviation, Failure, ScaleSearch};
 use crate::checkpoint::TensorView;
 use crate::error::Result;
 use crate::format::{Format, bf16, mxfp4, nvfp4};
+use crate::parallel::in_parallel;
 
 /// Rows that are decoded at once.
 const TILE: usize = 32;
-/// Fewer elements than this are not worth a thread.
-const WORTH_A_THREAD: usize = 1 << 16;
 
 /// What a tensor becomes, apart from the encoded bytes.
 #[derive(Clone, Copy)]
@@ -161,24 +159,4 @@ impl Rows {
 
 fn tiles(rows: Range<usize>) -> impl Iterator<Item = Range<usize>> {
     rows.clone().step_by(TILE).map(move |from| from..(from + TILE).min(rows.end))
-}
-
-/// Calls `work` on runs of rows that together are `0..n`, each on a thread; the results in order.
-fn in_parallel<T: Send>(n: usize, k: usize, work: impl Fn(Range<usize>) -> T + Sync) -> Vec<T> {
-    let threads = thread::available_parallelism().map_or(1, |n| n.get());
-    let threads = threads.min((n * k).div_ceil(WORTH_A_THREAD)).max(1);
-    let each = n.div_ceil(threads).max(1);
-    if threads == 1 {
-        return vec![work(0..n)];
-    }
-    let work = &work;
-    thread::scope(|scope| {
-        let start = |from: usize| scope.spawn(move || work(from..(from + each).min(n)));
-        let running: Vec<_> = (0..n).step_by(each).map(start).collect();
-        let join = |thread: thread::ScopedJoinHandle<'_, T>| match thread.join() {
-            Ok(done) => done,
-            Err(panic) => std::panic::resume_unwind(panic),
-        };
-        running.into_iter().map(join).collect()
-    })
 }

@@ -5,7 +5,7 @@ use crate::device::{Buffer, Device};
 use crate::engine::{Engine, Session, Want, write_rows};
 use crate::error::{Error, Result};
 use crate::model::Plan;
-use crate::ops::{Op, Row, Stream};
+use crate::ops::{ChosenGroup, Op, Row, Stream};
 use crate::program::{HostStages, Program, Role};
 use crate::reply::ReplyOptions;
 use crate::sampler::Sampling;
@@ -74,7 +74,7 @@ fn bytes_of(program: &Program, at: usize, position: u64) -> u64 {
         Op::MoeDown(op) => (weights as f64 * touched(op.a, op.e)) as u64,
         Op::Attention(op) => {
             let seen = if op.window == 0 { position + 1 } else { (position + 1).min(u64::from(op.window)) };
-            u64::from(op.rows) * 2 * op.format.bytes(seen * u64::from(op.hk) * u64::from(op.dh))
+            u64::from(op.rows) * 2 * op.format.bytes(seen * u64::from(op.held[1]) * u64::from(op.dh))
         }
         _ => 0,
     }
@@ -225,8 +225,7 @@ pub fn moe(engine: &Engine, rows: usize, prompt: bool, rounds: usize) -> Result<
             let values = noise(rows * config.hidden_size, (round * config.num_hidden_layers + idx) as u64);
             let input = Buffer::with_bytes(device, "rows of a layer", bytemuck::cast_slice(&values))?;
             let mut layer = Program::new(rows as u32, engine.plan().host);
-            for launch in launches {
-                let mut launch = launch.clone();
+            for mut launch in ChosenGroup::join(launches) {
                 for arg in launch.args.iter_mut().filter(|arg| arg.slice.buffer == norm.slice.buffer) {
                     arg.slice = input.slice();
                 }

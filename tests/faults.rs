@@ -7,7 +7,7 @@ mod loading;
 
 use crate::families::fixture;
 use crate::harness::{cpu, gpu};
-use fourfold::device::{Buffer, Device};
+use fourfold::device::{Buffer, Device, Limits, cpu::Cpu};
 use fourfold::format::{e4m3, nvfp4};
 use fourfold::ops::{ActScale, Gate, Layout, Op, Routes, StageActivation, Staging, staged_words};
 use fourfold::program::{Launch, Program, Slice};
@@ -388,6 +388,15 @@ fn wrong(found: &[StageError]) -> Vec<&str> {
 fn planted(engine: &Engine, fault: &'static str, layer: usize) -> Session {
     let planter = Planter { device: engine.device().clone(), fault, layer, made: Mutex::default() };
     engine.session_edited(Edit::new(move |program| planter.plant(program))).unwrap()
+}
+
+#[test]
+fn devices_that_keep_caches_in_other_parts_are_refused() {
+    let small: Arc<dyn Device> = Arc::new(Cpu::with_limits(Limits { max_binding_bytes: 12_000, ..cpu().limits() }));
+    let (engine, reference) = (engine(&small), engine(&cpu()));
+    let mut twins = reference.session().unwrap();
+    let refused = bisect(|| engine.session(), Reference::Session(&mut twins), &prompt()).unwrap_err().to_string();
+    assert!(refused.contains("max-binding-bytes") && refused.contains("other parts"), "{refused}");
 }
 
 #[test]

@@ -134,6 +134,21 @@ fn bindings_fit_any_adapter() {
 }
 
 #[test]
+fn workgroup_memory_fits_any_adapter() {
+    each(|name, module| {
+        let shared = module.global_variables.iter().filter(|(_, v)| v.space == naga::AddressSpace::WorkGroup);
+        let bytes: u32 = shared.map(|(_, v)| module.types[v.ty].inner.size(module.to_ctx())).sum();
+        // WebGPU's default. The device asks for more before it takes matrix units, or 32 lanes without shuffles.
+        let most = match (name.contains("_matrix"), name.contains("lanes_32") && name.contains("fold_shared")) {
+            (true, _) => 32 << 10,
+            (_, true) => 17 << 10,
+            _ => 16 << 10,
+        };
+        assert!(bytes <= most, "{name} has {bytes} bytes of workgroup memory");
+    });
+}
+
+#[test]
 fn rust_and_wgsl_lay_out_structs_alike() {
     let offsets = |module: &naga::Module, name: &str| {
         let ty = module.types.iter().find(|(_, ty)| ty.name.as_deref() == Some(name));

@@ -11,7 +11,7 @@ fn dot16(w: Sixteen, x: Sixteen) -> f32 {
 }
 
 // Inputs in the inverse of the units in which the weights and they themselves were decoded: powers of two, so that each
-// product is what it should be, to the bit. Zeros for a lane that has none.
+// product is what it should be, to the bit. Zeros for a lane that has none (NaN where its row ends in an infinity).
 fn in_units(x: Sixteen, there: bool) -> Sixteen {
     let unit = select(0.0, WEIGHT_UNIT * INPUT_UNIT, there);
     return Sixteen(x.a * unit, x.b * unit, x.c * unit, x.d * unit, x.scale);

@@ -6,7 +6,7 @@
 @group(0) @binding(2) var<storage, read> scales: array<u32>;
 
 const WEIGHT_UNIT = E2M1_UNIT;
-// Scales are powers of two: scaling rounds nothing that is above 2^-126.
+// Scales are powers of two: scaling rounds nothing but what falls below 2^-126.
 const WEIGHT_SCALES_ROUND = false;
 
 // 2^(code - 127). Code 0 is the subnormal 2^-127, which some GPUs flush to 0 (an H200 does): such a block then counts

@@ -291,7 +291,7 @@ impl State {
         self.tables.each_ref().map(|table| table.as_ref().map(Buffer::slice))
     }
 
-    /// Every buffer, in the order in which they are made: the same for all states of one model and plan.
+    /// Every buffer, in the order in which they are made: the same for all states of one model and plan on devices that bind as much.
     pub fn slices(&self) -> Vec<Slice> {
         self.buffers.iter().map(Buffer::slice).collect()
     }
@@ -481,7 +481,7 @@ impl State {
             }
             routing @ (Routing::Grouped(tiles, _) | Routing::ByMatrix(tiles)) => {
                 let group = Group { e: up.weight.experts, a: form.a, routes: routing.routes() };
-                if !p.host.routing && ChosenGroup::takes(&choice, p.tokens()) {
+                if !p.in_parts && !p.host.routing && ChosenGroup::takes(&choice, p.tokens()) {
                     let op = ChosenGroup { router: choice, group };
                     p.choose_and_group(op, self.step, self.scores, self.routes, tiles);
                     chosen(p);

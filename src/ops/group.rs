@@ -135,11 +135,7 @@ impl Program {
 
     /// [`Program::router`] and [`Program::group`] in one launch, of a step that [`ChosenGroup::takes`].
     pub fn choose_and_group(&mut self, op: ChosenGroup, step: Slice, scores: Slice, routes: Routes, tiles: Slice) {
-        let launch = Launch::new(Op::ChosenGroup(op), &KERNEL, [1, 1, 1])
-            .fill("given", "given_scores")
-            .constant("ALL", u32::from(!op.router.normalise));
-        let launch = launch.grouped(op.group, step, tiles).read("scores", scores);
-        self.push(launch.write("experts", routes.experts).write("weights", routes.weights));
+        self.push(op.launch(step, scores, routes, tiles));
     }
 }
 
@@ -185,6 +181,36 @@ impl ChosenGroup {
     /// Whether one workgroup chooses for so many rows.
     pub fn takes(router: &Router, tokens: u32) -> bool {
         tokens * router.e.div_ceil(4) <= 256 && tokens * router.a <= 256
+    }
+
+    /// Launches that were recorded one by one, with a choice and a grouping that follow each other in one launch, as a step does it.
+    pub(crate) fn join(launches: &[Launch]) -> Vec<Launch> {
+        let mut joined: Vec<Launch> = Vec::new();
+        for launch in launches {
+            let before = joined.last().map(|before| (&before.op, before.grid[0]));
+            match (&launch.op, before) {
+                (Op::Group(group), Some((Op::Router(router), tokens))) if Self::takes(router, tokens) => {
+                    let op = Self { router: *router, group: *group };
+                    let router = joined.pop().expect("it is the last");
+                    let slice = |of: &Launch, name| of.args.iter().find(|arg| arg.name == name).expect("bound").slice;
+                    let routes = Routes { experts: slice(&router, "experts"), weights: slice(&router, "weights") };
+                    let (step, tiles) = (slice(launch, "step"), slice(launch, "tiles"));
+                    joined.push(op.launch(step, slice(&router, "scores"), routes, tiles));
+                }
+                _ => joined.push(launch.clone()),
+            }
+        }
+        joined
+    }
+
+    fn launch(self, step: Slice, scores: Slice, routes: Routes, tiles: Slice) -> Launch {
+        Launch::new(Op::ChosenGroup(self), &KERNEL, [1, 1, 1])
+            .fill("given", "given_scores")
+            .constant("ALL", u32::from(!self.router.normalise))
+            .grouped(self.group, step, tiles)
+            .read("scores", scores)
+            .write("experts", routes.experts)
+            .write("weights", routes.weights)
     }
 
     pub(crate) fn twin(&self, tokens: usize, views: &mut Views<'_>) {

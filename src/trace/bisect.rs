@@ -234,6 +234,14 @@ fn lockstep(
     found: &mut Found,
 ) -> Result<()> {
     let reference_parts = reference_program.map(Program::split_at_stages);
+    if let Side::Session(session) = reference {
+        let bytes = |session: &Session| session.state_slices().iter().map(|slice| slice.bytes).collect::<Vec<_>>();
+        if bytes(held) != bytes(session) {
+            let reason = "the devices bind so much more or less that a layer's cache lies in other parts on each: give both the \
+                          same limit, or a shorter context";
+            return Err(Error::option("max-binding-bytes", reason));
+        }
+    }
     // Written to the execution under test before its next launch: stages of one launch are judged together.
     let mut corrections: Vec<(Slice, Vec<u32>)> = Vec::new();
     // Buffers that the last part wrote and no stage has shown, by their place in the state.

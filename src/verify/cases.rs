@@ -115,7 +115,14 @@ pub(super) fn cases(matrix: bool) -> Vec<(&'static str, Vec<Case>)> {
         ("linear", linear()),
         ("norm_linear", norm_linears()),
         ("router", [true, false].map(router).into()),
-        ("group", [(6, 3, 2), (33, 4, 4), (6, 3, 64)].map(group).into_iter().chain([chosen_group()]).collect()),
+        (
+            "group",
+            [(6, 3, 2), (33, 4, 4), (6, 3, 64)]
+                .map(group)
+                .into_iter()
+                .chain([chosen_group(true), chosen_group(false)])
+                .collect(),
+        ),
         ("moe_up", moe(false)),
         ("moe_down", moe(true)),
         ("moe_scatter", vec![moe_scatter()]),
@@ -421,9 +428,11 @@ fn linear() -> Vec<Case> {
     // Rows that fill their workgroups.
     all.extend([Format::Mxfp4, Format::Nvfp4].map(|format| linear_case(format, [544, 352], false, true)));
     // As many columns as lanes, with 8 of them and with 32: no lane is without any.
-    all.extend([Format::Nvfp4, Format::Fp8Blocks].map(|format| linear_case(format, [40, 512], false, true)));
-    // Many rows.
-    all.push(linear_case(Format::Bf16, [4100, 96], false, false));
+    all.extend([Format::Nvfp4, Format::Fp8Blocks].map(|format| linear_case(format, [520, 512], false, true)));
+    // Many rows, and several spans of columns with 8 lanes and with 32.
+    all.push(linear_case(Format::Bf16, [4100, 1040], false, false));
+    all.push(linear_case(Format::Nvfp4, [4100, 1056], false, false));
+    all.push(linear_case(Format::Mxfp4, [16400, 544], false, false));
     all
 }
 

@@ -141,7 +141,9 @@ impl Gpu {
             laid_out: true,
         };
         let smallest = device.adapter_info().subgroup_min_size;
-        let wide = smallest >= 32;
+        // Without shuffles 32 lanes add up through more workgroup memory (`fold_shared`) than every device has.
+        let room = device.limits().max_compute_workgroup_storage_size >= 17 << 10;
+        let wide = smallest >= 32 && (facts.subgroup.0 >= 32 || room);
         let compile = Compile {
             // Shuffles stay inside 8 or 32 aligned lanes, so any larger size will do.
             subgroups: facts.subgroup.0 >= if wide { 32 } else { 8 } && !options.without_subgroups,

@@ -40,20 +40,27 @@ pub(super) fn group((e, a, routes): (usize, usize, u32)) -> Case {
     Case { by_row: false, ..tiles }
 }
 
-/// The choice and the routes by expert in one launch. What a row is given does not follow its neighbours; its place does.
-pub(super) fn chosen_group() -> Case {
+/// The choice and the routes by expert in one launch. What a row is given does not follow its neighbours; its place in the tiles
+/// does.
+pub(super) fn chosen_group(by_row: bool) -> Case {
     let (e, a) = (15usize, 4usize);
     let router = Router { e: e as u32, a: a as u32, normalise: true };
     let group = Group { e: e as u32, a: a as u32, routes: 2 };
-    case(format!("E={e} A={a}, chosen on the way"), 16.0 * EPS, move |b, which| {
+    let what = if by_row { "chosen on the way" } else { "their tiles" };
+    let chosen = case(format!("E={e} A={a}, {what}"), 16.0 * EPS, move |b, which| {
         let scores = b.input(&pick(&Random(7).f32s(ROWS * e), e, which))?;
         let routes = Routes { experts: b.output(which.len() * a)?, weights: b.output(which.len() * a)? };
         let words = group.tiles(which.len() as u32) as usize * group.tile_bytes() as usize / 4;
         let (tiles, step) = (b.output(words)?, b.step(which.len())?);
         let mut p = program(which.len());
         p.choose_and_group(ChosenGroup { router, group }, step, scores, routes, tiles);
-        Ok((p, vec![Output::exact(routes.experts, a), Output::near(routes.weights, a)]))
-    })
+        let outputs = match by_row {
+            true => vec![Output::exact(routes.experts, a), Output::near(routes.weights, a)],
+            false => vec![Output::exact(tiles, 0).whole()],
+        };
+        Ok((p, outputs))
+    });
+    Case { by_row, ..chosen }
 }
 
 /// How experts take routes.
@@ -79,13 +86,15 @@ struct Form {
     /// Every route of the first matrix reads a row of its own.
     spread: bool,
     bias: bool,
+    /// Inputs.
+    k: usize,
 }
 
 impl Form {
     fn new(format: Format, second: bool) -> Self {
         // Both activations and both kinds of bias, some formats with one and some with the other.
         let (halves, bias) = (format.has_row_scale(), !format.has_row_scale());
-        Self { format, second, routing: How::Usual, staged: false, halves, spread: false, bias }
+        Self { format, second, routing: How::Usual, staged: false, halves, spread: false, bias, k: 352 }
     }
 }
 
@@ -94,6 +103,8 @@ pub(super) fn moe(second: bool) -> Vec<Case> {
     let nvfp4 = Form { staged: true, ..Form::new(Format::Nvfp4, second) };
     all.push(moe_case(nvfp4));
     all.push(moe_case(Form { spread: true, halves: false, ..nvfp4 }));
+    // More spans of columns than slots for their sums, with 8 lanes and with 32.
+    all.extend([Format::Mxfp4, Format::Nvfp4].map(|format| moe_case(Form { k: 4640, ..Form::new(format, second) })));
     all
 }
 
@@ -110,7 +121,7 @@ fn moe_case(form: Form) -> Case {
         (true, false) => 16,
         (true, true) => 64,
     };
-    let k = columns(format, 352);
+    let k = columns(format, form.k);
     let tolerance = match (form.routing, form.staged) {
         (How::Matrix, _) => BY_MATRIX,
         (_, true) => 2e-5,

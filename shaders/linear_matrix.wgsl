@@ -2,13 +2,13 @@
 //
 //   y[t, FIRST+n] = bias[FIRST+n] + scale_n sum_k w[n,k] x[t,k]
 //
-// grid      ceil(T / 64) x ceil(COUNT / 128) workgroups: neighbours share weights
+// grid      ceil(T / WIDE) x ceil(COUNT / TALL) workgroups: neighbours share weights
 // in        x     f32   [T, K]
 //           w     slot  [COUNT, K]      rows FIRST.. of the whole matrix, with a scale a row where the format has it
 //           bias  slot  [N]
 // out       y     f32   [T, N]          columns of other parts are left alone
 // override  K, N, FIRST, COUNT
-// slots     weights, e2m1, bias
+// slots     block, weights, e2m1, bias
 // requires  K a multiple of 16; matrix units of 16 x 16 x 16 halves, subgroups of 32 lanes
 // twin      src/ops/linear.rs
 enable f16;

@@ -2,19 +2,19 @@
 //
 //   y[route,d] = bias[e,d] + scale_d sum_k w[e,d,k] x[route,k]
 //
-// grid      tiles x ceil(D / 128) workgroups: neighbours share weights
-// in        tiles  Tile  64 routes each, as `group` leaves them
+// grid      tiles x ceil(D / TALL) workgroups: neighbours share weights
+// in        tiles  Tile  WIDE routes each, as `group` leaves them
 //           x      f32   [T A, K]
 //           w      slot  [COUNT, D, K]     experts FIRST.. of the layer
 //           bias   slot  [E, D]
 // out       y      f32   [T A, D]          routes to other parts' experts are left alone
 // override  K, D, FIRST, COUNT
-// slots     weights, e2m1, bias
+// slots     block, tiles, weights, e2m1, bias
 // requires  K a multiple of 16; matrix units of 16 x 16 x 16 halves, subgroups of 32 lanes
 // twin      src/ops/moe_down.rs
 enable f16;
 enable wgpu_cooperative_matrix;
-#import tiles_64
+#import tiles
 #import matrix
 #import bias
 override K: u32;

@@ -4,19 +4,19 @@
 //   u = bias[e, up]   + scale_up   sum_k w[e, up, k]   x[i,k]          gate = f STRIDE, up = f STRIDE + UP
 //   y[route,f] = glu(g, u)
 //
-// grid      tiles x ceil(F / 64) workgroups: neighbours share weights
-// in        tiles  Tile  64 routes each, as `group` leaves them
+// grid      tiles x ceil(2F / TALL) workgroups: neighbours share weights
+// in        tiles  Tile  WIDE routes each, as `group` leaves them
 //           x      f32   [T A / SHARE, K]     SHARE routes read one row
 //           w      slot  [COUNT, 2F, K]       experts FIRST.. of the layer
 //           bias   slot  [E, 2F]
 // out       y      f32   [T A, F]             routes to other parts' experts are left alone
 // override  K, F, SHARE, FIRST, COUNT, STRIDE, UP          gate and up rows interleaved: 2, 1; in halves: 1, F
-// slots     weights, e2m1, bias, glu
+// slots     block, tiles, weights, e2m1, bias, glu
 // requires  K a multiple of 16; matrix units of 16 x 16 x 16 halves, subgroups of 32 lanes
 // twin      src/ops/moe_up.rs
 enable f16;
 enable wgpu_cooperative_matrix;
-#import tiles_64
+#import tiles
 #import matrix
 #import bias
 #import glu

@@ -33,11 +33,15 @@ pub(crate) const GLU: Slot = Slot { name: "glu", fillings: &["glu_clamped", "glu
 /// What is added to the residual stream: rows, or the weighted sum of routes.
 pub(crate) const ADDEND: Slot = Slot { name: "addend", fillings: &["addend_rows", "addend_routes"] };
 /// Routes of a tile of `group`.
-pub(crate) const TILES: Slot = Slot { name: "tiles", fillings: &["tiles_2", "tiles_4", "tiles_64"] };
+pub(crate) const TILES: Slot = Slot { name: "tiles", fillings: &["tiles_2", "tiles_4", "tiles_16", "tiles_64"] };
 /// The expert of each route, or scores to choose them by.
 pub(crate) const GIVEN: Slot = Slot { name: "given", fillings: &["given_experts", "given_scores"] };
 /// The same without matrix units.
 pub(crate) const ROUTE_TILES: Slot = Slot { name: "tiles", fillings: &["tiles_2", "tiles_4"] };
+/// The same for matrix units.
+pub(crate) const MATRIX_TILES: Slot = Slot { name: "tiles", fillings: &["tiles_16", "tiles_64"] };
+/// What a workgroup with matrix units multiplies: many rows of input, or few.
+pub(crate) const BLOCK: Slot = Slot { name: "block", fillings: &["block_16", "block_64"] };
 /// What attention over some keys leaves: the result, or a segment's part of it.
 pub(crate) const RESULT: Slot = Slot { name: "result", fillings: &["result_whole", "result_segment"] };
 /// A learned score that takes attention from the keys, or none.
@@ -97,6 +101,8 @@ shared!(
     "bf16",
     "bias_bf16",
     "bias_none",
+    "block_16",
+    "block_64",
     "cache_bf16",
     "cache_f32",
     "choose",
@@ -150,6 +156,7 @@ shared!(
     "tile_4x4",
     "tiles_2",
     "tiles_4",
+    "tiles_16",
     "tiles_64",
     "warps",
     "weights_bf16",

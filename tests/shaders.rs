@@ -23,7 +23,7 @@ fn fillings(kernel: &Kernel) -> Vec<Vec<(&'static str, &'static str)>> {
     })
 }
 
-/// Whether a launch can have these together: a tile has as many inputs as `group` puts in one, and sums over lanes are all
+/// Whether a launch can have these together: a tile or block has as many inputs as `group` puts in one, and sums over lanes are all
 /// made one way.
 fn possible(fillings: &[(&str, &str)]) -> bool {
     let file = |wanted| fillings.iter().find(|(slot, _)| *slot == wanted).map(|(_, file)| *file);
@@ -32,6 +32,9 @@ fn possible(fillings: &[(&str, &str)]) -> bool {
             matches!((tiles, tile), (Some("tiles_2"), Some("tile_2x4")) | (Some("tiles_4"), Some("tile_4x4")))
         }
         (Some(_), _, Some(tile)) => tile.starts_with("tile_1"),
+        (_, Some(tiles), _) if file("block").is_some() => {
+            matches!((tiles, file("block")), ("tiles_16", Some("block_16")) | ("tiles_64", Some("block_64")))
+        }
         _ => true,
     };
     let alike = match (file("fold"), file("reduce")) {

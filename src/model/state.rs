@@ -22,6 +22,8 @@ const SEGMENT_BYTES: u64 = 64 << 20;
 /// Routes of a step, for each expert, from which tiles have four routes instead of two. Below half a route an expert routes
 /// go one by one: few would share weights.
 const ROUTES_MANY: u32 = 4;
+/// The same with matrix units: up to so many, tiles have 16 routes, not 64.
+const ROUTES_FEW: u32 = 16;
 
 /// How a model is loaded, and sizes of a conversation's buffers.
 #[derive(Clone, Copy, Debug)]
@@ -262,7 +264,7 @@ impl State {
             delta: new("delta", t * d * 4)?,
             scores: new("scores", t * e * 4)?,
             routes: Routes { experts: new("experts", t * a * 4)?, weights: new("weights", t * a * 4)? },
-            tiles: new("tiles of routes", [2, 4, 64].map(tile_bytes).into_iter().max().unwrap_or(0))?,
+            tiles: new("tiles of routes", [2, 4, 16, 64].map(tile_bytes).into_iter().max().unwrap_or(0))?,
             gate_up: new("gate and up", t * 2 * dense_f * 4)?,
             e: new("expert activations", t * (a * moe_f).max(dense_f) * 4)?,
             y: new("expert outputs", t * a * d * 4)?,
@@ -444,10 +446,11 @@ impl State {
     /// How a layer's experts, by both of their matrices, take the routes of the step.
     fn routing(&self, p: &Program, a: u32, experts: [&Experts; 2]) -> Routing {
         let exact = self.activations == Activations::F32;
-        if p.by_matrix() && exact && experts.iter().all(|experts| experts.weight.format.fits_half()) {
-            return Routing::ByMatrix(self.tiles);
-        }
         let (routes, e) = (p.tokens() * a, experts[0].weight.experts);
+        if p.by_matrix() && exact && experts.iter().all(|experts| experts.weight.format.fits_half()) {
+            let few = routes <= ROUTES_FEW * e;
+            return Routing::ByMatrix(self.tiles, if few { 16 } else { 64 });
+        }
         match routes {
             _ if routes * 2 <= e || p.tokens() == 1 => Routing::Each(self.routes.experts),
             _ if routes < ROUTES_MANY * e => Routing::Grouped(self.tiles, 2),
@@ -479,7 +482,7 @@ impl State {
             Routing::Each(_) if self.fuses(p) && up.weight.parts.len() == 1 => {
                 Routing::Chosen(choice, self.scores, self.routes)
             }
-            routing @ (Routing::Grouped(tiles, _) | Routing::ByMatrix(tiles)) => {
+            routing @ (Routing::Grouped(tiles, _) | Routing::ByMatrix(tiles, _)) => {
                 let group = Group { e: up.weight.experts, a: form.a, routes: routing.routes() };
                 if !p.in_parts && !p.host.routing && ChosenGroup::takes(&choice, p.tokens()) {
                     let op = ChosenGroup { router: choice, group };

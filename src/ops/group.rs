@@ -15,7 +15,7 @@ pub struct Group {
     pub e: u32,
     /// Experts per token.
     pub a: u32,
-    /// Most routes of a tile: 2 or 4, or 64 for matrix units. A tile is as many words, behind its expert and how many of
+    /// Most routes of a tile: 2 or 4, or 16 or 64 for matrix units. A tile is as many words, behind its expert and how many of
     /// them are routes, `t A + a`, in order: the others are zeros. 0 routes: a tile that is not used.
     pub routes: u32,
 }
@@ -39,8 +39,8 @@ pub enum Routing {
     Chosen(Router, Slice, Routes),
     /// In the tiles of [`Program::group`], of 2 or 4.
     Grouped(Slice, u32),
-    /// In its tiles of 64, for matrix units.
-    ByMatrix(Slice),
+    /// In its tiles of 16 or 64, for matrix units.
+    ByMatrix(Slice, u32),
 }
 
 impl From<Slice> for Routing {
@@ -66,8 +66,7 @@ impl Routing {
     pub fn routes(self) -> u32 {
         match self {
             Self::Each(_) | Self::Chosen(..) => 1,
-            Self::Grouped(_, routes) => routes,
-            Self::ByMatrix(_) => 64,
+            Self::Grouped(_, routes) | Self::ByMatrix(_, routes) => routes,
         }
     }
 
@@ -87,6 +86,7 @@ fn file_of(routes: u32) -> &'static str {
     match routes {
         2 => "tiles_2",
         4 => "tiles_4",
+        16 => "tiles_16",
         64 => "tiles_64",
         other => unreachable!("no kernel has tiles of {other} routes"),
     }
@@ -121,7 +121,7 @@ impl Launch {
             Routing::Grouped(tiles, routes) => {
                 self.fill("routes", "routes_grouped").fill("tiles", file_of(routes)).read("tiles", tiles)
             }
-            Routing::ByMatrix(tiles) => self.read("tiles", tiles),
+            Routing::ByMatrix(tiles, routes) => self.fill("tiles", file_of(routes)).read("tiles", tiles),
         }
     }
 }

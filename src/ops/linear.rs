@@ -3,7 +3,7 @@
 use super::{Input, InputFormat, Matrix, Op, Views, Weight, weight::dot};
 use crate::format::Format;
 use crate::program::{Launch, Program, Slice};
-use crate::shader::{BIAS, E2M1, FOLD, INPUT, Kernel, LANES, TILE, WEIGHTS};
+use crate::shader::{BIAS, BLOCK, E2M1, FOLD, INPUT, Kernel, LANES, TILE, WEIGHTS};
 
 pub(crate) const KERNEL: Kernel = Kernel {
     name: "linear",
@@ -15,11 +15,41 @@ pub(crate) const KERNEL: Kernel = Kernel {
 pub(crate) const MATRIX: Kernel = Kernel {
     name: "linear_matrix",
     source: include_str!("../../shaders/linear_matrix.wgsl"),
-    slots: &[WEIGHTS, E2M1, BIAS],
+    slots: &[BLOCK, WEIGHTS, E2M1, BIAS],
 };
 
-/// Rows of weights, and tokens, of a workgroup with matrix units.
-pub(crate) const MATRIX_TILE: [u32; 2] = [128, 64];
+/// What a workgroup with matrix units multiplies. It changes no bit.
+#[derive(Clone, Copy)]
+pub(super) struct Block {
+    /// The filling of slot `block`.
+    pub(super) file: &'static str,
+    /// Rows of weights.
+    pub(super) tall: u32,
+    /// Rows of input.
+    pub(super) wide: u32,
+}
+
+impl Block {
+    const FEW: Self = Self { file: "block_16", tall: 64, wide: 16 };
+    const MANY: Self = Self { file: "block_64", tall: 128, wide: 64 };
+    /// Workgroups that a GPU has room for at a time, and more.
+    const MANY_GROUPS: u32 = 64;
+
+    /// For tiles of so many routes.
+    pub(super) fn of_routes(routes: u32) -> Self {
+        if routes == Self::FEW.wide { Self::FEW } else { Self::MANY }
+    }
+
+    /// For so many tokens and rows of weights: large ones take less work for each, where there are enough of them.
+    fn of_rows(tokens: u32, count: u32) -> Self {
+        let [x, y, _] = Self::MANY.grid(tokens, count);
+        if tokens <= Self::FEW.wide || x * y < Self::MANY_GROUPS { Self::FEW } else { Self::MANY }
+    }
+
+    fn grid(self, tokens: u32, count: u32) -> [u32; 3] {
+        [tokens.div_ceil(self.wide), count.div_ceil(self.tall), 1]
+    }
+}
 
 /// A linear layer: one matrix, or several whose rows follow each other in the output, where their formats or activation
 /// scales differ (q, k and v of some checkpoints).
@@ -98,9 +128,9 @@ impl Program {
             if by_matrix {
                 let first = first + part.first;
                 let op = Linear { format: w.format, input: x.format(), k: w.k, n, first, count: part.count };
-                let [tall, wide] = MATRIX_TILE;
-                let grid = [self.tokens.div_ceil(wide), part.count.div_ceil(tall), 1];
-                let launch = Launch::new(Op::Linear(op), &MATRIX, grid).matrix_input(x);
+                let block = Block::of_rows(self.tokens, part.count);
+                let launch = Launch::new(Op::Linear(op), &MATRIX, block.grid(self.tokens, part.count));
+                let launch = launch.fill("block", block.file).matrix_input(x);
                 self.push(launch.read("step", step).weight(w.format, part).bias(bias).of_linear(op).update("y", y));
                 continue;
             }

@@ -1,10 +1,12 @@
 //! The experts' second matrix.
 
 use super::group::Carried;
-use super::{Experts, Group, Input, InputFormat, Matrix, Op, Routing, Views, linear::MATRIX_TILE, weight::dot};
+use super::{Experts, Group, Input, InputFormat, Matrix, Op, Routing, Views, linear::Block, weight::dot};
 use crate::format::Format;
 use crate::program::{Launch, Program, Slice};
-use crate::shader::{BIAS, E2M1, EXPERT_TILE, FOLD, INPUT, Kernel, LANES, ROUTE_TILES, ROUTES, WEIGHTS};
+use crate::shader::{
+    BIAS, BLOCK, E2M1, EXPERT_TILE, FOLD, INPUT, Kernel, LANES, MATRIX_TILES, ROUTE_TILES, ROUTES, WEIGHTS,
+};
 
 pub(crate) const KERNEL: Kernel = Kernel {
     name: "moe_down",
@@ -16,7 +18,7 @@ pub(crate) const KERNEL: Kernel = Kernel {
 pub(crate) const MATRIX: Kernel = Kernel {
     name: "moe_down_matrix",
     source: include_str!("../../shaders/moe_down_matrix.wgsl"),
-    slots: &[WEIGHTS, E2M1, BIAS],
+    slots: &[BLOCK, MATRIX_TILES, WEIGHTS, E2M1, BIAS],
 };
 
 /// Constants of one part of the experts.
@@ -47,15 +49,16 @@ impl Program {
     pub fn moe_down(&mut self, down: &Experts, a: u32, routing: impl Into<Routing>, x: impl Into<Input>, y: Slice) {
         let (x, routing, k, d) = (x.into(), routing.into(), down.weight.k, down.weight.n);
         let Carried { tile, tiles, rows, spans } = routing.carried(self.tokens, a, down.weight.experts);
-        let (each, matrix) = (routing.routes(), matches!(routing, Routing::ByMatrix(_)));
+        let (each, matrix) = (routing.routes(), matches!(routing, Routing::ByMatrix(..)));
         for part in &down.weight.parts {
             let (format, input) = (down.weight.format, x.format());
             let (e, first, count) = (down.weight.experts, part.first, part.count);
             let op = MoeDown { format, input, k, d, a, e, first, count, each };
             let launch = match matrix {
                 true => {
-                    let grid = [tiles, d.div_ceil(MATRIX_TILE[0]), 1];
-                    Launch::new(Op::MoeDown(op), &MATRIX, grid).matrix_input(x)
+                    let block = Block::of_routes(each);
+                    let grid = [tiles, d.div_ceil(block.tall), 1];
+                    Launch::new(Op::MoeDown(op), &MATRIX, grid).fill("block", block.file).matrix_input(x)
                 }
                 false => {
                     let grid = [d.div_ceil(rows), tiles, 1];

@@ -1,12 +1,12 @@
 //! The experts' first matrix (gate and up) and the gated activation.
 
 use super::group::Carried;
-use super::{
-    Gate, Group, Input, InputFormat, Matrix, Op, Router, Routing, Views, Weight, linear::MATRIX_TILE, weight::dot,
-};
+use super::{Gate, Group, Input, InputFormat, Matrix, Op, Router, Routing, Views, Weight, linear::Block, weight::dot};
 use crate::format::Format;
 use crate::program::{Launch, Program, Slice};
-use crate::shader::{BIAS, E2M1, EXPERT_TILE, FOLD, GLU, INPUT, Kernel, LANES, ROUTE_TILES, UP_ROUTES, WEIGHTS};
+use crate::shader::{
+    BIAS, BLOCK, E2M1, EXPERT_TILE, FOLD, GLU, INPUT, Kernel, LANES, MATRIX_TILES, ROUTE_TILES, UP_ROUTES, WEIGHTS,
+};
 
 pub(crate) const KERNEL: Kernel = Kernel {
     name: "moe_up",
@@ -18,7 +18,7 @@ pub(crate) const KERNEL: Kernel = Kernel {
 pub(crate) const MATRIX: Kernel = Kernel {
     name: "moe_up_matrix",
     source: include_str!("../../shaders/moe_up_matrix.wgsl"),
-    slots: &[WEIGHTS, E2M1, BIAS, GLU],
+    slots: &[BLOCK, MATRIX_TILES, WEIGHTS, E2M1, BIAS, GLU],
 };
 
 /// One of a layer's two expert matrices: a weight for each expert, and what belongs to it.
@@ -113,7 +113,7 @@ impl Program {
         let (x, routing, k, f) = (x.into(), routing.into(), up.weight.k, up.weight.n / 2);
         let Swiglu { a, rows, gate } = form;
         let Carried { tile, tiles, rows: height, spans } = routing.carried(self.tokens, a, up.weight.experts);
-        let (each, matrix) = (routing.routes(), matches!(routing, Routing::ByMatrix(_)));
+        let (each, matrix) = (routing.routes(), matches!(routing, Routing::ByMatrix(..)));
         let router = if let Routing::Chosen(router, ..) = routing { Some(router) } else { None };
         let (stride, second) = match rows {
             GateUp::Interleaved => (2, 1),
@@ -125,8 +125,9 @@ impl Program {
                 MoeUp { format, input, k, f, a, share, e: up.weight.experts, first, count, each, router, rows, gate };
             let launch = match matrix {
                 true => {
-                    let grid = [tiles, (2 * f).div_ceil(MATRIX_TILE[0]), 1];
-                    Launch::new(Op::MoeUp(op), &MATRIX, grid).matrix_input(x)
+                    let block = Block::of_routes(each);
+                    let grid = [tiles, (2 * f).div_ceil(block.tall), 1];
+                    Launch::new(Op::MoeUp(op), &MATRIX, grid).fill("block", block.file).matrix_input(x)
                 }
                 false => {
                     let grid = [(2 * f).div_ceil(height), tiles, 1];

@@ -117,7 +117,7 @@ pub(super) fn cases(matrix: bool) -> Vec<(&'static str, Vec<Case>)> {
         ("router", [true, false].map(router).into()),
         (
             "group",
-            [(6, 3, 2), (33, 4, 4), (6, 3, 64)]
+            [(6, 3, 2), (33, 4, 4), (6, 3, 16), (6, 3, 64)]
                 .map(group)
                 .into_iter()
                 .chain([chosen_group(true), chosen_group(false)])
@@ -140,7 +140,9 @@ pub(super) fn cases(matrix: bool) -> Vec<(&'static str, Vec<Case>)> {
     ];
     if matrix {
         let halves = || FORMATS.into_iter().filter(|format| format.fits_half());
-        all.push(("linear_matrix", halves().map(linear_matrix).collect()));
+        // Of so many rows of weights some steps take large blocks.
+        let linear = halves().map(|format| linear_matrix(format, [200, 352]));
+        all.push(("linear_matrix", linear.chain([linear_matrix(Format::Mxfp4, [8192, 96])]).collect()));
         for (name, second) in [("moe_up_matrix", false), ("moe_down_matrix", true)] {
             all.push((name, halves().map(|format| moe_by_matrix(format, second)).collect()));
         }
@@ -452,8 +454,8 @@ fn linear_case(format: Format, [n, k]: [usize; 2], staged: bool, bias: bool) -> 
     })
 }
 
-fn linear_matrix(format: Format) -> Case {
-    let (n, k) = (200, columns(format, 352));
+fn linear_matrix(format: Format, [n, k]: [usize; 2]) -> Case {
+    let k = columns(format, k);
     case(format!("{format} N={n} K={k}"), BY_MATRIX, move |b, which| {
         let mut random = Random((n + k) as u64);
         let weight = b.matrix(&mut random, format, [n, k])?;

@@ -55,7 +55,9 @@ fn tiles_hold_each_route_once_in_order() {
         (2048, 1024, 16),
         (2048, 8, 2),
     ];
-    for ((t, e, a), routes_of_a_tile) in shapes.into_iter().flat_map(|shape| [2, 4, 64].map(|routes| (shape, routes))) {
+    for ((t, e, a), routes_of_a_tile) in
+        shapes.into_iter().flat_map(|shape| [2, 4, 16, 64].map(|routes| (shape, routes)))
+    {
         let op = Group { e: e as u32, a: a as u32, routes: routes_of_a_tile };
         let mut random = Random((t * e) as u64);
         let mut cases = vec![("first", vec![0; t * a]), ("last", vec![e as u32 - 1; t * a])];
@@ -136,7 +138,7 @@ fn there_is_room_for_as_many_tiles_as_there_can_be() {
 /// How a case gives its routes and rows.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Form {
-    /// Most of a tile; 1: one by one; 64: for matrix units.
+    /// Most of a tile; 1: one by one; 16 and 64: for matrix units.
     pub(super) routes: u32,
     /// Rows quantised with a scale of their own.
     pub(super) staged: bool,
@@ -156,7 +158,7 @@ fn given(b: &mut Bench, p: &mut Program, [e, a]: [usize; 2], chosen: &[u32], for
     let op = Group { e: e as u32, a: a as u32, routes: form.routes };
     let (step, tiles) = (step(b, chosen.len() / a), b.output(op.tiles(p.tokens()) as usize * op.words()));
     p.group(op, step, experts, tiles);
-    if form.routes == 64 { Routing::ByMatrix(tiles) } else { Routing::Grouped(tiles, form.routes) }
+    if form.routes >= 16 { Routing::ByMatrix(tiles, form.routes) } else { Routing::Grouped(tiles, form.routes) }
 }
 
 /// `x [R, k]`, as it is or quantised.

@@ -42,7 +42,9 @@ fn linear_by_matrix_units() {
         b.run(&p, &outputs).swap_remove(0)
     };
     for format in FORMATS.into_iter().filter(|f| f.fits_half()) {
-        for (t, shape) in [(1, [128, 32]), (3, [8, 128]), (64, [130, 96]), (65, [384, 256]), (200, [72, 2880])] {
+        for (t, shape) in
+            [(1, [128, 32]), (3, [8, 128]), (64, [130, 96]), (65, [384, 256]), (70, [8192, 64]), (200, [72, 2880])]
+        {
             let got = run(&gpu, format, 0..t, shape);
             let want = run(&cpu(), format, 0..t, shape);
             assert_near(&format!("{format:?} T={t} N, K={shape:?}"), &got, &want, TOLERANCE);
@@ -62,15 +64,16 @@ fn experts_by_matrix_units() {
         for ([t, e, a], halves) in [([1, 4, 2], false), ([70, 5, 4], false), ([40, 3, 2], true), ([130, 2, 1], true)] {
             let k = 96usize.next_multiple_of(format.block());
             for (second, n) in [(false, 70), (true, 135)] {
-                let form = Form { routes: 64, halves, ..PLAIN };
-                let run = |device: &Arc<dyn Device>, which: &[usize]| {
+                let run = |device: &Arc<dyn Device>, routes, which: &[usize]| {
+                    let form = Form { routes, halves, ..PLAIN };
                     output_of(device, |b| moe_case(b, format, [t, e, a, n, k], form, second, which))
                 };
                 let what = format!("{format:?} T={t} E={e} A={a} second={second} halves={halves}");
-                let (got, want) = (run(&gpu, &all(t)), run(&cpu(), &all(t)));
+                let (got, want) = (run(&gpu, 64, &all(t)), run(&cpu(), 64, &all(t)));
                 assert_near(&what, &got, &want, TOLERANCE);
+                assert!(run(&gpu, 16, &all(t)) == got, "{what}: tiles of 16 and of 64 give other bits");
                 for row in [0, t / 2, t - 1] {
-                    let alone = run(&gpu, &[row]);
+                    let alone = run(&gpu, 16, &[row]);
                     assert!(alone == got[row * a * n..][..a * n], "{what}: row {row} has other bits alone");
                 }
             }

@@ -172,6 +172,7 @@ fn routing(b: &mut Bench<'_>, p: &mut Program, [e, a]: [usize; 2], routes: &[u32
         return Ok(Routing::Each(experts));
     }
     let of_tile = match (how, routes.len() / a) {
+        (How::Matrix, ..=16) => 16,
         (How::Matrix, _) => 64,
         (How::Usual, ..8) => 2,
         (How::Usual, _) => 4,
@@ -180,7 +181,7 @@ fn routing(b: &mut Bench<'_>, p: &mut Program, [e, a]: [usize; 2], routes: &[u32
     let words = op.tiles(p.tokens()) as usize * op.tile_bytes() as usize / 4;
     let (step, tiles) = (b.step(routes.len() / a)?, b.output(words)?);
     p.group(op, step, experts, tiles);
-    Ok(if how == How::Matrix { Routing::ByMatrix(tiles) } else { Routing::Grouped(tiles, of_tile) })
+    Ok(if how == How::Matrix { Routing::ByMatrix(tiles, of_tile) } else { Routing::Grouped(tiles, of_tile) })
 }
 
 pub(super) fn moe_scatter() -> Case {

@@ -1,5 +1,6 @@
 // segments: how the visible keys of a row are shared among workgroups: by how many there are, and nothing else. Tiles of
 // KEYS, counted from the first visible key; a segment is so many tiles that there are at most 64 segments.
+#import visible
 const KEYS = 128u;
 
 fn tiles_per_segment(visible: u32) -> u32 {
@@ -9,12 +10,4 @@ fn tiles_per_segment(visible: u32) -> u32 {
 fn segments_of(visible: u32) -> u32 {
     let each = tiles_per_segment(visible) * KEYS;
     return (visible + each - 1u) / each;
-}
-
-// The first key that a row sees.
-fn first_key(position: u32) -> u32 {
-    if WINDOW > 0u && position + 1u > WINDOW {
-        return position + 1u - WINDOW;
-    }
-    return 0u;
 }

@@ -63,7 +63,7 @@ impl Layers for GptOss {
         let kv = &s.kv[idx];
 
         s.queries(p, c, idx, addend, (l.attn_norm, &l.qkv, None));
-        p.attention(attention(c, idx, kv), [s.rows, s.qkv, s.parts], kv, Some(l.sinks), s.a);
+        p.attention(attention(c, idx, kv), s.step, [s.rows, s.qkv, s.parts], kv, Some(l.sinks), s.a);
         p.stage(name("attention"), s.a, c.num_attention_heads * c.head_dim);
         s.project(p, &l.out, s.a, s.delta, name("attention.staged"));
         p.stage(name("attn_out"), s.delta, d);

@@ -74,7 +74,7 @@ impl Layers for Qwen3Moe {
         let kv = &s.kv[idx];
 
         s.queries(p, c, idx, addend, (l.attn_norm, &l.qkv, Some(l.head_gains)));
-        p.attention(attention(c, idx, kv), [s.rows, s.qkv, s.parts], kv, None, s.a);
+        p.attention(attention(c, idx, kv), s.step, [s.rows, s.qkv, s.parts], kv, None, s.a);
         p.stage(name("attention"), s.a, c.num_attention_heads * c.head_dim);
         s.project(p, &l.out, s.a, s.delta, name("attention.staged"));
         p.stage(name("attn_out"), s.delta, c.hidden_size);

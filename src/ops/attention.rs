@@ -10,12 +10,21 @@ pub(crate) const KERNEL: Kernel =
 pub(crate) const MERGE: Kernel =
     Kernel { name: "attention_merge", source: include_str!("../../shaders/attention_merge.wgsl"), slots: &[SINK] };
 
+/// For a prompt's rows, several at a time.
+pub(crate) const FLASH: Kernel = Kernel {
+    name: "attention_flash",
+    source: include_str!("../../shaders/attention_flash.wgsl"),
+    slots: &[CACHE, SINK],
+};
+
 /// Keys of a tile.
 const KEYS: u32 = 128;
 /// Most segments that a row's keys are shared among.
 pub(crate) const SEGMENTS: u32 = 64;
 /// Most query heads of one workgroup.
 const HEADS: u32 = 4;
+/// Heads of rows of one workgroup of a prompt.
+const LINES: u32 = 64;
 
 /// Constants.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -68,25 +77,32 @@ impl Program {
     /// Attention of every row over its sequence's cache. `qkv [T, (H + 2 Hk) Dh]` f32: rotated, as `rope` leaves it;
     /// `sinks`: `[H]` bf16; `a`: `[T, H Dh]` f32; `parts`: room for the segments of some rows, at least of one.
     ///
-    /// A prompt's rows see all their keys in one workgroup; a generated row's keys are shared among several, by how many
-    /// they are. Each part of the cache has launches of its own, for the heads that it holds.
+    /// A prompt's rows go several to a workgroup; a generated row's keys are shared among several, by how many they are.
+    /// `step`: uniform with T. Each part of the cache has launches of its own, for the heads that it holds.
     pub fn attention(
         &mut self,
         op: Attention,
+        step: Slice,
         [rows, qkv, parts]: [Slice; 3],
         cache: &[KvCache],
         sinks: Option<Slice>,
         a: Slice,
     ) {
         let tokens = self.tokens;
+        if self.role == Role::Prompt {
+            for launch in op.rows(0, tokens, 0).launches(&FLASH, rows, qkv, cache, sinks) {
+                self.push(launch.read("step", step).update("a", a));
+            }
+            return;
+        }
         let visible = |reach: u32| if op.window == 0 { reach } else { reach.min(op.window) };
         let segments = match self.role {
             Role::Generated { reach } if !self.host.attention => segments_within(visible(reach)).next_power_of_two(),
             _ => 1,
         };
         if segments == 1 {
-            for launch in op.rows(0, tokens, 0).launches(rows, qkv, cache, sinks) {
-                self.push(launch.fill("result", "result_whole").update("a", a));
+            for launch in op.rows(0, tokens, 0).launches(&KERNEL, rows, qkv, cache, sinks) {
+                self.push(launch.constant("FIRST", 0).fill("result", "result_whole").update("a", a));
             }
             return;
         }
@@ -95,8 +111,9 @@ impl Program {
         let at_once = (parts.bytes / row_bytes).clamp(1, u64::from(tokens)) as u32;
         for first in (0..tokens).step_by(at_once as usize) {
             let op = op.rows(first, at_once.min(tokens - first), segments);
-            for launch in op.launches(rows, qkv, cache, sinks) {
-                let launch = launch.fill("result", "result_segment").constant("SEGMENTS", segments);
+            for launch in op.launches(&KERNEL, rows, qkv, cache, sinks) {
+                let launch =
+                    launch.constant("FIRST", first).fill("result", "result_segment").constant("SEGMENTS", segments);
                 self.push(launch.update("parts", parts));
             }
             let merge = Launch::new(Op::AttentionMerge(AttentionMerge(op)), &MERGE, [op.h, op.rows, 1])
@@ -132,28 +149,31 @@ impl Attention {
     /// One for each part of the cache.
     fn launches(
         self,
+        kernel: &'static Kernel,
         rows: Slice,
         qkv: Slice,
         cache: &[KvCache],
         sinks: Option<Slice>,
     ) -> impl Iterator<Item = Launch> {
-        let part = move |(i, part)| Self { held: held(self.hk, cache, i), ..self }.launch(rows, qkv, part, sinks);
+        let part =
+            move |(i, part)| Self { held: held(self.hk, cache, i), ..self }.launch(kernel, rows, qkv, part, sinks);
         cache.iter().enumerate().map(part)
     }
 
-    fn launch(self, rows: Slice, qkv: Slice, cache: &KvCache, sinks: Option<Slice>) -> Launch {
+    fn launch(self, kernel: &'static Kernel, rows: Slice, qkv: Slice, cache: &KvCache, sinks: Option<Slice>) -> Launch {
         // Query heads that share their keys go together, as many as a workgroup takes.
-        let group = self.h / self.hk;
-        let heads = (1..=HEADS.min(group)).rev().find(|n| group.is_multiple_of(*n)).unwrap_or(1);
-        let grid = [self.held[1] * group / heads, self.rows, self.segments.max(1)];
-        let launch = Launch::new(Op::Attention(self), &KERNEL, grid)
+        let (group, flash) = (self.h / self.hk, kernel.name == FLASH.name);
+        let most = if flash { LINES } else { HEADS };
+        let heads = (1..=most.min(group)).rev().find(|n| group.is_multiple_of(*n)).unwrap_or(1);
+        let rows_each = if flash { LINES / heads } else { 1 };
+        let grid = [self.held[1] * group / heads, self.rows.div_ceil(rows_each), self.segments.max(1)];
+        let launch = Launch::new(Op::Attention(self), kernel, grid)
             .fill("cache", cache.format.filling("cache"))
             .constant("H", self.h)
             .constant("HK", self.hk)
             .constant("DH", self.dh)
             .constant("WINDOW", self.window)
             .constant("HEADS", heads)
-            .constant("FIRST", self.first)
             .read("rows", rows)
             .read("qkv", qkv)
             .paged(cache, self.held)

@@ -63,13 +63,14 @@ pub use weight::{Matrix, Part, Weight, WeightBytes};
 use crate::shader::Kernel;
 
 /// Every kernel there is.
-pub const KERNELS: [&Kernel; 26] = [
+pub const KERNELS: [&Kernel; 27] = [
     &add::KERNEL,
     &add_norm::KERNEL,
     &amax::KERNEL,
     &argmax::KERNEL,
     &attention::KERNEL,
     &attention::MERGE,
+    &attention::FLASH,
     &draw::KERNEL,
     &embed::KERNEL,
     &glu::KERNEL,

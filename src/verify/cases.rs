@@ -350,7 +350,7 @@ fn rope(format: CacheFormat, norm: bool, parts: usize) -> Case {
     })
 }
 
-/// Where attention is computed by one workgroup for all keys of a row, and where it is shared among segments.
+/// Of a prompt; and of generated rows, where one workgroup sees all keys of a row, and where they are shared among segments.
 fn attention(generated: bool) -> Vec<Case> {
     let (f32, bf16) = (CacheFormat::F32, CacheFormat::Bf16);
     [
@@ -358,6 +358,7 @@ fn attention(generated: bool) -> Vec<Case> {
         ([8, 1, 20, 0], (bf16, 1), false, 300),
         ([6, 2, 64, 13], (bf16, 1), true, 900), // the window of a ring that has wrapped
         ([2, 2, 32, 200], (f32, 1), false, 900),
+        ([4, 2, 16, 0], (f32, 1), false, 90),
         ([8, 4, 32, 0], (bf16, 2), true, 300),
     ]
     .map(|(shape, cache, sinks, last)| attention_case(shape, cache, sinks, last, generated))
@@ -410,14 +411,14 @@ fn attention_case(
         let qkv = b.input(&pick(&qkv, width, which))?;
         // Room for the segments of some rows: they go in several launches.
         let room = b.output((which.len() / 2).max(1) * h * 8 * (dh + 4))?;
-        let a = b.output(which.len() * h * dh)?;
+        let (a, step) = (b.output(which.len() * h * dh)?, b.step(which.len())?);
         let reach = which.iter().map(|i| position(*i) + 1).max().unwrap_or(1);
         let role = if generated { Role::Generated { reach } } else { Role::Prompt };
         let [h, hk, dh, window] = [h, hk, dh, window].map(|n| n as u32);
         let held = [0, hk];
         let op = Attention { h, hk, dh, held, window, page, pages, format, segments: 0, first: 0, rows: 0 };
         let mut p = program(which.len()).of(role);
-        p.attention(op, [rows, qkv, room], &kv, sinks, a);
+        p.attention(op, step, [rows, qkv, room], &kv, sinks, a);
         Ok((p, vec![Output::near(a, (h * dh) as usize)]))
     })
 }

@@ -1,6 +1,6 @@
 //! Attention, its cache in pages, and rotation.
 
-use super::{EPS, check, output_of, program};
+use super::{EPS, check, output_of, program, step};
 use crate::harness::{Bench, Random, cpu, gpus, sum_tolerance};
 use fourfold::HostStages;
 use fourfold::ops::{Attention, CacheFormat, KvCache, Rotated, Row};
@@ -146,7 +146,7 @@ fn attention_case(b: &mut Bench, case: &Case, rows: &[Row], which: std::ops::Ran
     let parts = b.output(case.room * h * 8 * (dh + 4));
     let a = b.output(t * h * dh);
     let mut p = program(t).of(case.role);
-    p.attention(op, [rows, qkv, parts], &kv, sinks, a);
+    p.attention(op, step(b, t), [rows, qkv, parts], &kv, sinks, a);
     (p, vec![a])
 }
 
@@ -190,6 +190,61 @@ fn a_row_of_attention_does_not_depend_on_its_neighbours_or_the_room_for_segments
                 let alone = output_of(device, |b| attention_case(b, &case(role), &rows, row..row + 1));
                 assert!(alone == all[row * 384..(row + 1) * 384], "row {row} alone has other bits");
             }
+        }
+    }
+}
+
+#[test]
+fn a_prompt_of_several_sequences_has_the_bits_of_its_rows_alone() {
+    // Two prompts, one behind the other, and a row of the first again: three runs within the rows of a workgroup. Pages in use.
+    for shape in [[8, 1, 64, 0], [4, 4, 20, 0], [6, 2, 64, 40], [14, 2, 128, 0], [2, 1, 256, 0]] {
+        let op = op(shape, 300, CacheFormat::F32);
+        let row = |sequence, position| Row { token: 0, sequence, position, pad: 0 };
+        let first = (60..130).map(|position| row(0, position));
+        let rows: Vec<Row> = first.chain((0..40).map(|position| row(1, position))).chain([row(0, 299)]).collect();
+        let (n, width) = (rows.len(), (shape[0] * shape[2]) as usize);
+        let case = Case { op, role: Role::Prompt, room: 1, parts: 1 };
+        check(&format!("{op:?}"), 2.0 * sum_tolerance(op.dh as usize + 300), |b| attention_case(b, &case, &rows, 0..n));
+        for (name, device) in gpus() {
+            let all = output_of(device, |b| attention_case(b, &case, &rows, 0..n));
+            for row in [0, 5, 69, 70, 71, 109, 110] {
+                let alone = output_of(device, |b| attention_case(b, &case, &rows, row..row + 1));
+                assert!(alone == all[row * width..][..width], "{op:?}: row {row} has other bits alone, on {name}");
+            }
+            let run = output_of(device, |b| attention_case(b, &case, &rows, 33..77));
+            assert!(run == all[33 * width..77 * width], "{op:?}: rows 33 to 76 have other bits alone, on {name}");
+        }
+    }
+}
+
+#[test]
+fn what_a_row_does_not_see_may_be_anything() {
+    // Position 5 holds NaN and infinity: a prompt's rows before it do not feel them, those after it do.
+    let op = op([4, 2, 8, 0], 16, CacheFormat::F32);
+    let rows: Vec<Row> = (0..8).map(|position| Row { token: 0, sequence: 0, position, pad: 0 }).collect();
+    for (name, device) in gpus() {
+        let run = |odd: Option<f32>| {
+            output_of(device, |b| {
+                let (mut random, width) = (Random(3), 16);
+                let qkv = random.f32s(8 * 64);
+                let [keys, mut values] = [0; 2].map(|_| random.f32s(16 * width));
+                if let Some(odd) = odd {
+                    values[5 * width..6 * width].fill(odd);
+                }
+                let table = b.input(&[0u32]);
+                let (keys, values) = (b.input(&keys), b.input(&values));
+                let kv = KvCache { format: CacheFormat::F32, page: 16, pages: 1, table, keys, values };
+                let (rows, qkv, a) = (b.input(&rows), b.input(&qkv), b.output(8 * 32));
+                let mut p = program(8);
+                p.attention(Attention { page: 16, pages: 1, ..op }, step(b, 8), [rows, qkv, a], &[kv], None, a);
+                (p, vec![a])
+            })
+        };
+        let plain = run(None);
+        for odd in [f32::NAN, f32::INFINITY] {
+            let got = run(Some(odd));
+            assert!(got[..5 * 32] == plain[..5 * 32], "{odd} reaches rows before it, on {name}");
+            assert!(got[5 * 32..].iter().all(|v| !f32::from_bits(*v).is_finite()), "{odd} is lost, on {name}");
         }
     }
 }

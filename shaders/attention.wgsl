@@ -39,16 +39,15 @@ const BATCH = 8u;
 @group(0) @binding(0) var<storage, read> rows: array<Row>;
 @group(0) @binding(1) var<storage, read> qkv: array<f32>;
 
-// Each a vec4 over the heads: element d of the queries; the scores of the tile's keys.
-var<workgroup> query: array<vec4<f32>, 256>;
-var<workgroup> scores: array<vec4<f32>, KEYS>;
+// Each a vec4 over the heads: element d of the queries in the first 256, then the scores of the tile's keys. In the end the
+// teams' sums, of one head after the other.
+var<workgroup> room: array<vec4<f32>, 4u * KEYS>;
+const SCORES = 256u;
 // What several lanes write for one key or share, head by head: the weights of the tile's keys; what 32 shares found.
 var<workgroup> weights: array<f32, KEYS * 4u>;
 var<workgroup> found: array<f32, 32u * 4u>;
 // Where the keys of the tile stand in the cache.
 var<workgroup> places: array<u32, KEYS>;
-// The teams' sums, of one head after the other.
-var<workgroup> meeting: array<array<vec4<f32>, KEYS>, 4>;
 
 // By head: the largest score so far, the sum of weights so far, and by how much the last tile shrank it.
 var<workgroup> top: array<f32, 4>;
@@ -75,7 +74,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
             let found = qkv[(t * (H + 2u * HK) + head + min(h, HEADS - 1u)) * DH + min(d, DH - 1u)];
             q[h] = select(0.0, found, h < HEADS && d < DH);
         }
-        query[d] = q;
+        room[d] = q;
     }
     let team = lane / quads;
     let teams = KEYS / quads;
@@ -102,19 +101,19 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
             for (var m = 0u; m < BATCH; m++) {
                 let key = ks[m];
                 let d = (i + m) * 4u;
-                dots = fma(query[d], vec4<f32>(key.x), dots);
-                dots = fma(query[d + 1u], vec4<f32>(key.y), dots);
-                dots = fma(query[d + 2u], vec4<f32>(key.z), dots);
-                dots = fma(query[d + 3u], vec4<f32>(key.w), dots);
+                dots = fma(room[d], vec4<f32>(key.x), dots);
+                dots = fma(room[d + 1u], vec4<f32>(key.y), dots);
+                dots = fma(room[d + 2u], vec4<f32>(key.z), dots);
+                dots = fma(room[d + 3u], vec4<f32>(key.w), dots);
             }
         }
         // Keys past the end weigh e^-inf = 0.
         places[lane] = place;
-        scores[lane] = select(vec4<f32>(-3.0e38), dots / sqrt(f32(DH)), tile + lane < last);
+        room[SCORES + lane] = select(vec4<f32>(-3.0e38), dots / sqrt(f32(DH)), tile + lane < last);
         workgroupBarrier(); // all scores of the tile are there
         var most = -3.0e38;
         for (var i = s; i < KEYS; i += 8u * few) {
-            most = max(most, scores[i][h]);
+            most = max(most, room[SCORES + i][h]);
         }
         found[s * 4u + h] = most;
         workgroupBarrier(); // the largest of all shares are there
@@ -133,7 +132,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         most = top[h];
         var part = 0.0;
         for (var i = s; i < KEYS; i += 8u * few) {
-            let w = exp_f32(scores[i][h] - most);
+            let w = exp_f32(room[SCORES + i][h] - most);
             weights[i * 4u + h] = w;
             part += w;
         }
@@ -170,16 +169,17 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
             }
         }
     }
-    meeting[0][lane] = sum0;
-    meeting[1][lane] = sum1;
-    meeting[2][lane] = sum2;
-    meeting[3][lane] = sum3;
+    // Since the last barrier nobody reads queries or scores.
+    room[lane] = sum0;
+    room[KEYS + lane] = sum1;
+    room[2u * KEYS + lane] = sum2;
+    room[3u * KEYS + lane] = sum3;
     workgroupBarrier(); // all teams' sums are there
     for (var n = lane; n < HEADS * quads && first < last; n += KEYS) {
         let h = n / quads;
         var sum = vec4<f32>(0.0);
         for (var i = 0u; i < teams * few / 4u; i++) {
-            sum += meeting[h][i * quads + n % quads];
+            sum += room[h * KEYS + i * quads + n % quads];
         }
         result(t, head + h, group.z, n % quads, sum, top[h], total[h]);
     }

@@ -32,22 +32,24 @@ override HK: u32;
 override DH: u32;
 override WINDOW: u32;
 override HEADS: u32;
-const WG = 128u;
 const LINES = 64u;
+const ROW = LINES / 4u;
 const KEYS = 32u;
+const WG = ROW * 8u;
 // Elements of queries and keys, and quads of values, that are brought in at a time.
 const ELEMENTS = 16u;
-const QUADS = 256u;
+const QUADS = WG * 2u;
+const STAGED_KEYS = ELEMENTS * ROW;
 const BELOW = -3.0e38;
 @group(0) @binding(1) var<storage, read> qkv: array<vec4<f32>>;
 @group(0) @binding(5) var<storage, read_write> a: array<vec4<f32>>;
 @group(0) @binding(7) var<storage, read> rows: array<Row>;
 
-// Quads of four lines or keys: element d of queries [ELEMENTS, LINES / 4], then of keys [ELEMENTS, KEYS / 4]; or what eight
-// lanes found of four lines each, [8, LINES / 4]; or values, [QUADS / (DH / 4), DH / 4].
-var<workgroup> staged: array<vec4<f32>, 384>;
-// The weights of the tile's keys, [KEYS, LINES / 4].
-var<workgroup> weights: array<vec4<f32>, 512>;
+// A vec4 of four lines or keys: element d of queries [ELEMENTS, ROW], then of keys [ELEMENTS, KEYS / 4]; or what eight lanes found
+// of four lines each, [8, ROW]; or quads of values, [QUADS / (DH / 4), DH / 4].
+var<workgroup> staged: array<vec4<f32>, ELEMENTS * (ROW + KEYS / 4u)>;
+// The weights of the tile's keys, [KEYS, ROW].
+var<workgroup> weights: array<vec4<f32>, KEYS * ROW>;
 // Where the keys of the tile stand in the cache.
 var<workgroup> places: array<u32, KEYS>;
 // Whether a value of the tile is no number, or infinite: then a weight of 0 must not meet it.
@@ -85,6 +87,11 @@ fn bring(keys_wanted: bool, at: vec4<u32>, quad: u32) -> Brought {
     return Brought(qkv[at.x + quad], qkv[at.y + quad], qkv[at.z + quad], qkv[at.w + quad]);
 }
 
+// Quad i of the tile's values from key k on.
+fn value_at(k: u32, i: u32, quads: u32) -> vec4<f32> {
+    return value4(places[min(k + i / quads, KEYS - 1u)] + i % quads);
+}
+
 @compute @workgroup_size(WG)
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) lane: u32) {
     let quads = DH / 4u;
@@ -99,11 +106,11 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     let four = lane / 8u;
     let eighth = lane % 8u;
     // What this lane brings in of queries, or of keys: quad `dq` of four lines or keys.
-    let brings_keys = lane >= 64u;
-    let fours = select(16u, 8u, brings_keys);
-    let place = lane % 64u % fours;
-    let dq = lane % 64u / fours;
-    let stage_at = select(dq * 64u + place, 256u + dq * 32u + place, brings_keys);
+    let brings_keys = lane >= LINES;
+    let fours = select(ROW, KEYS / 4u, brings_keys);
+    let place = lane % LINES % fours;
+    let dq = lane % LINES / fours;
+    let stage_at = select(0u, STAGED_KEYS, brings_keys) + dq * 4u * fours + place;
     var at: vec4<u32>; // of queries; of keys it follows the tile
     for (var i = 0u; i < 4u; i++) {
         let n = min(place * 4u + i, each * HEADS - 1u);
@@ -169,8 +176,8 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
                 workgroupBarrier(); // these elements are there
                 brought = bring(brings_keys, at, (d + ELEMENTS) / 4u + dq);
                 for (var i = 0u; i < ELEMENTS; i++) {
-                    let q = staged[i * 16u + four];
-                    let k = staged[256u + i * 8u + eighth];
+                    let q = staged[i * ROW + four];
+                    let k = staged[STAGED_KEYS + i * (KEYS / 4u) + eighth];
                     s0 = fma(q, vec4<f32>(k.x), s0);
                     s1 = fma(q, vec4<f32>(k.y), s1);
                     s2 = fma(q, vec4<f32>(k.z), s2);
@@ -178,6 +185,9 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
                 }
                 workgroupBarrier(); // all are done with them
             }
+            // Values are on their way while scores become weights.
+            var v0 = value_at(0u, lane, quads);
+            var v1 = value_at(0u, lane + WG, quads);
             let key = tile + eighth * 4u;
             let see0 = (vec4<u32>(key) >= sees_from) & (vec4<u32>(key) < sees_to);
             let see1 = (vec4<u32>(key + 1u) >= sees_from) & (vec4<u32>(key + 1u) < sees_to);
@@ -187,11 +197,11 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
             s1 = select(vec4<f32>(BELOW), s1 * scale, see1);
             s2 = select(vec4<f32>(BELOW), s2 * scale, see2);
             s3 = select(vec4<f32>(BELOW), s3 * scale, see3);
-            staged[eighth * 16u + four] = max(max(s0, s1), max(s2, s3));
+            staged[eighth * ROW + four] = max(max(s0, s1), max(s2, s3));
             workgroupBarrier(); // the largest scores of all lanes are there
             let old = top;
             for (var i = 0u; i < 8u; i++) {
-                top = max(top, staged[i * 16u + four]);
+                top = max(top, staged[i * ROW + four]);
             }
             let shrink = exp4(old - top);
             s0 = select(vec4<f32>(0.0), exp4(s0 - top), see0);
@@ -199,10 +209,10 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
             s2 = select(vec4<f32>(0.0), exp4(s2 - top), see2);
             s3 = select(vec4<f32>(0.0), exp4(s3 - top), see3);
             total = total * shrink + (s0 + s1 + (s2 + s3));
-            weights[eighth * 64u + four] = s0;
-            weights[eighth * 64u + 16u + four] = s1;
-            weights[eighth * 64u + 32u + four] = s2;
-            weights[eighth * 64u + 48u + four] = s3;
+            weights[eighth * 4u * ROW + four] = s0;
+            weights[(eighth * 4u + 1u) * ROW + four] = s1;
+            weights[(eighth * 4u + 2u) * ROW + four] = s2;
+            weights[(eighth * 4u + 3u) * ROW + four] = s3;
             for (var i = 0u; i < (quads + 7u) / 8u; i++) {
                 sums[i * 4u] *= shrink.x;
                 sums[i * 4u + 1u] *= shrink.y;
@@ -213,41 +223,46 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
             for (var k = 0u; k < KEYS; k += at_once) {
                 let many = min(at_once, KEYS - k);
                 workgroupBarrier(); // the weights are there, and all are done with what was staged
-                for (var i = lane; i < many * quads; i += WG) {
-                    let v = value4(places[k + i / quads] + i % quads);
-                    staged[i] = v;
-                    if is_strange(v) {
-                        atomicStore(&strange, 1u);
-                    }
+                staged[lane] = v0;
+                staged[lane + WG] = v1;
+                if is_strange(v0) || is_strange(v1) {
+                    atomicStore(&strange, 1u);
                 }
                 workgroupBarrier(); // these values are there
-                let careful = atomicLoad(&strange) != 0u;
-                for (var j = 0u; j < many; j++) {
-                    let w = weights[(k + j) * 16u + four];
-                    for (var i = 0u; i < (quads + 7u) / 8u; i++) {
-                        let v = staged[j * quads + min(eighth + i * 8u, quads - 1u)];
-                        if careful {
-                            sums[i * 4u] = careful_fma(w.x, v, sums[i * 4u]);
-                            sums[i * 4u + 1u] = careful_fma(w.y, v, sums[i * 4u + 1u]);
-                            sums[i * 4u + 2u] = careful_fma(w.z, v, sums[i * 4u + 2u]);
-                            sums[i * 4u + 3u] = careful_fma(w.w, v, sums[i * 4u + 3u]);
-                        } else {
+                v0 = value_at(k + at_once, lane, quads);
+                v1 = value_at(k + at_once, lane + WG, quads);
+                if atomicLoad(&strange) == 0u {
+                    for (var j = 0u; j < many; j++) {
+                        let w = weights[(k + j) * ROW + four];
+                        for (var i = 0u; i < (quads + 7u) / 8u; i++) {
+                            let v = staged[j * quads + min(eighth + i * 8u, quads - 1u)];
                             sums[i * 4u] = fma(vec4<f32>(w.x), v, sums[i * 4u]);
                             sums[i * 4u + 1u] = fma(vec4<f32>(w.y), v, sums[i * 4u + 1u]);
                             sums[i * 4u + 2u] = fma(vec4<f32>(w.z), v, sums[i * 4u + 2u]);
                             sums[i * 4u + 3u] = fma(vec4<f32>(w.w), v, sums[i * 4u + 3u]);
                         }
                     }
+                    continue;
+                }
+                for (var j = 0u; j < many; j++) {
+                    let w = weights[(k + j) * ROW + four];
+                    for (var i = 0u; i < (quads + 7u) / 8u; i++) {
+                        let v = staged[j * quads + min(eighth + i * 8u, quads - 1u)];
+                        sums[i * 4u] = careful_fma(w.x, v, sums[i * 4u]);
+                        sums[i * 4u + 1u] = careful_fma(w.y, v, sums[i * 4u + 1u]);
+                        sums[i * 4u + 2u] = careful_fma(w.z, v, sums[i * 4u + 2u]);
+                        sums[i * 4u + 3u] = careful_fma(w.w, v, sums[i * 4u + 3u]);
+                    }
                 }
             }
         }
     }
     workgroupBarrier(); // all are done with what was staged
-    staged[eighth * 16u + four] = total;
+    staged[eighth * ROW + four] = total;
     workgroupBarrier(); // the sums of all lanes are there
     var all = vec4<f32>(0.0);
     for (var i = 0u; i < 8u; i++) {
-        all += staged[i * 16u + four];
+        all += staged[i * ROW + four];
     }
     for (var j = 0u; j < 4u; j++) {
         let n = four * 4u + j;

@@ -40,9 +40,9 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         // Before the last token that top-p keeps there is less than its share.
         let mass = runs[WG - 1u];
         let reached = plus(times(mass.y, rule.top_p), vec2<u32>(times(mass.x, rule.top_p).y, 0u));
-        known.target = minus(reached, vec2<u32>(select(1u, 0u, reached.x == 0u && reached.y == 0u), 0u));
+        known.wanted = minus(reached, vec2<u32>(select(1u, 0u, reached.x == 0u && reached.y == 0u), 0u));
     }
-    find(lane, own, sum, known.target);
+    find(lane, own, sum, known.wanted);
     let found = place < WG;
     let digits = known.digits * 256u + place;
     if LAST {
@@ -57,7 +57,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         known.stage += 1u;
         if found {
             known.digits = digits;
-            known.target = left;
+            known.wanted = left;
         }
     }
     if lane == 0u {

@@ -93,8 +93,9 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     }
     workgroupBarrier(); // all tokens are counted
     if known.stage != DONE {
+        let low = atomicLoad(&lows[lane]);
         let high = atomicLoad(&highs[lane]);
-        let sum = plus(vec2<u32>(atomicLoad(&lows[lane]), 0u), vec2<u32>(high << 16u, high >> 16u));
-        sums[(group.y * SPANS + group.x) * 256u + lane] = sum;
+        let sum = plus(vec2<u32>(low, 0u), vec2<u32>(high << 16u, high >> 16u));
+        sums[(group.y * SPANS + group.x) * WG + lane] = sum;
     }
 }

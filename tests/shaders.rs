@@ -195,7 +195,7 @@ fn rust_and_wgsl_lay_out_structs_alike() {
         ("id", std::mem::offset_of!(Kept, id)),
         ("digits", std::mem::offset_of!(Kept, digits)),
         ("pad", std::mem::offset_of!(Kept, pad)),
-        ("target", std::mem::offset_of!(Kept, target)),
+        ("wanted", std::mem::offset_of!(Kept, wanted)),
     ];
     assert_eq!(members, want.map(|(name, at)| (name.to_owned(), at)));
     assert_eq!(size, size_of::<Kept>());

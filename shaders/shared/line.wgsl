@@ -17,7 +17,7 @@ struct Kept { // what is known of a row
     id: u32,    // and have an id up to this
     digits: u32, // of the place that is sought
     pad: u32,
-    target: vec2<u32>, // what the sum over tokens with these digits passes there
+    wanted: vec2<u32>, // what the sum over tokens with these digits passes there
 }
 
 const ALL = 0xffffffffu;

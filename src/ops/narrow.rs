@@ -79,15 +79,15 @@ impl Narrow {
     /// What is known of a row after its sums over all spans.
     pub fn reference(&self, rule: &Rule, kept: &Kept, logits: &[f32], spans: &[[u32; 2]]) -> Kept {
         let sums = over_spans(spans);
-        let target = if kept.stage == 3 { share(rule.top_p, sums.iter().sum()) } else { whole(kept.target) };
+        let target = if kept.stage == 3 { share(rule.top_p, sums.iter().sum()) } else { whole(kept.wanted) };
         let found = passes(sums, target);
         let digits = |at| kept.digits << 8 | at;
         if !self.last {
             let (digits, target) = found.map_or((kept.digits, target), |(at, left)| (digits(at), left));
-            return Kept { stage: kept.stage + 1, digits, target: words(target), ..*kept };
+            return Kept { stage: kept.stage + 1, digits, wanted: words(target), ..*kept };
         }
         let stage = if kept.stage == 2 && rule.top_p != Rule::ALL { 3 } else { Kept::WEIGHS };
-        let mut after = Kept { stage, digits: 0, target: words(target), ..*kept };
+        let mut after = Kept { stage, digits: 0, wanted: words(target), ..*kept };
         if let Some((at, left)) = found {
             let of_place = |(&logit, id): (&f32, u32)| match kept.counts(rule, logit, id) {
                 (count, steps) if steps == digits(at) => u64::from(count),

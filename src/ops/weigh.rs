@@ -41,7 +41,7 @@ pub struct Kept {
     /// Nothing.
     pub pad: u32,
     /// What the running sum over the tokens with these digits passes there: low and high word.
-    pub target: [u32; 2],
+    pub wanted: [u32; 2],
 }
 
 impl Kept {
@@ -58,8 +58,8 @@ impl Kept {
             Rule { top_p: Rule::ALL, .. } => Self::WEIGHS,
             _ => 3,
         };
-        let target = [rule.top_k.saturating_sub(1), 0];
-        Self { largest, stage, below: FAR - 1, id: u32::MAX, digits: 0, pad: 0, target }
+        let wanted = [rule.top_k.saturating_sub(1), 0];
+        Self { largest, stage, below: FAR - 1, id: u32::MAX, digits: 0, pad: 0, wanted }
     }
 
     /// What a token counts in the sums of this stage, and where it lies.
@@ -115,7 +115,8 @@ impl Weigh {
             let rule = &rules[rows[t].sequence as usize];
             if self.first {
                 let parts = &parts[t * PARTS as usize..][..PARTS as usize];
-                kept[t] = Kept::new(rule, parts.iter().fold(f32::NEG_INFINITY, |most, part| most.max(part.logit)));
+                kept[t] =
+                    Kept::new(rule, parts.iter().fold(f32::NEG_INFINITY, |most, part| most.max(part.logit)) + 0.0);
             }
             if kept[t].stage == Kept::DONE {
                 continue;

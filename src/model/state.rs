@@ -254,7 +254,7 @@ impl State {
         let sequences = plan.paged.map_or(1, |paged| u64::from(paged.sequences));
         let rules = Buffer::new(device, "rules of drawing", sequences * size_of::<Rule>() as u64)?;
         let (rows, logits) = (new("rows", t * size_of::<Row>() as u64)?, new("logits", picks * vocab * 4)?);
-        let row_sums = Sums::row_bytes(device.limits().max_binding_bytes);
+        let row_sums = Sums::row_bytes(c.vocab_size as u32, device.limits().max_binding_bytes);
         let sums = (picks * row_sums).min(SUM_BYTES.min(device.limits().max_binding_bytes).max(row_sums));
         let drawing = Sums {
             logits,

@@ -10,6 +10,8 @@ pub(crate) const KERNEL: Kernel = Kernel { name: "draw", source: include_str!(".
 
 /// Most spans of the vocabulary with sums of their own.
 const SPANS: u64 = 64;
+/// Tokens that are worth a span.
+const SPAN_TOKENS: u64 = 512;
 /// Bytes of a span's sums: of 256 digits.
 const SPAN_BYTES: u64 = 256 * 8;
 
@@ -61,20 +63,21 @@ pub struct Sums {
     pub parts: Slice,
     /// `[T]` [`Kept`].
     pub kept: Slice,
-    /// Sums of spans, of as many rows at a time as it holds; a row's are [`Sums::row_bytes`] at most.
+    /// Sums of spans, of as many rows at a time as it holds: [`Sums::row_bytes`] each, or of one that has fewer spans.
     pub sums: Slice,
 }
 
 impl Sums {
-    /// Bytes of a row's sums, where a binding holds as many.
-    pub fn row_bytes(max_binding_bytes: u64) -> u64 {
-        SPAN_BYTES * (max_binding_bytes / SPAN_BYTES).clamp(1, SPANS)
+    /// Bytes of the sums of a row of `v` logits, where a binding holds as many.
+    pub fn row_bytes(v: u32, max_binding_bytes: u64) -> u64 {
+        let most = u64::from(v).div_ceil(SPAN_TOKENS).min(SPANS);
+        SPAN_BYTES * (max_binding_bytes / SPAN_BYTES).clamp(1, most)
     }
 
     /// Spans of a row, and rows at a time.
-    fn layout(&self) -> [u32; 2] {
-        let spans = (self.sums.bytes / SPAN_BYTES).clamp(1, SPANS);
-        [spans as u32, (self.sums.bytes / (spans * SPAN_BYTES)).max(1) as u32]
+    fn layout(&self, v: u32) -> [u32; 2] {
+        let row = Self::row_bytes(v, self.sums.bytes);
+        [(row / SPAN_BYTES) as u32, (self.sums.bytes / row) as u32]
     }
 }
 
@@ -97,7 +100,7 @@ impl Program {
     pub fn draw(&mut self, v: u32, how: Draws, from: &Sums, drawn: Slice) {
         self.argmax(v, from.logits, from.parts);
         let tokens = self.tokens;
-        let [spans, some] = from.layout();
+        let [spans, some] = from.layout(v);
         let (some, sampled) = match how {
             Draws::Likeliest => (tokens, false),
             Draws::Rounds(_) => (some, true),

@@ -602,7 +602,7 @@ fn draw(how: Draws) -> Case {
             parts: b.output(which.len() * PARTS as usize * 4)?,
             kept: b.output(which.len() * 8)?,
             // Of so many rows at a time.
-            sums: b.output(24 * Sums::row_bytes(u64::MAX) as usize / 4)?,
+            sums: b.output(24 * Sums::row_bytes(v as u32, u64::MAX) as usize / 4)?,
         };
         let mut p = program(which.len());
         p.draw(v as u32, how, &from, drawn);

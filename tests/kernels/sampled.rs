@@ -66,8 +66,9 @@ fn check(devices: &[(&str, Arc<dyn Device>)], v: usize, t: usize, seed: u64, mos
         .map(|(i, (row, by))| sample(by, row, &[], 10 * i as u64 + 1).unwrap())
         .collect();
     let twin = drawn(&cpu(), &rows, &by, most, 4 << 20);
-    // As many spans as there can be, several rows at a time; one span; and rounds that nobody needs.
-    let sums = [4 << 20, 3 * 2048, 2 * Sums::row_bytes(u64::MAX) as usize].map(|bytes: usize| bytes.min(most_bytes));
+    // All rows at a time; few of them, or of their spans; and rounds that nobody needs.
+    let sums = [4 << 20, 21 * 2048, 30 * Sums::row_bytes(v as u32, u64::MAX) as usize]
+        .map(|bytes: usize| bytes.min(most_bytes));
     let ways = [(most, sums[0]), (most, sums[1]), (Draws::Rounds(6), sums[2])];
     for (name, device) in devices {
         for (how, sums) in ways {
@@ -98,8 +99,7 @@ fn check(devices: &[(&str, Arc<dyn Device>)], v: usize, t: usize, seed: u64, mos
 fn host_twins_and_devices_draw_the_same_tokens() {
     let gpu = gpus().first().cloned();
     let devices: Vec<_> = [("twins", cpu())].into_iter().chain(gpu).collect();
-    for (v, t, seeds) in [(1, 20, 2), (3, 40, 3), (63, 40, 5), (64, 40, 5), (65, 40, 5), (300, 40, 12), (5000, 40, 12)]
-    {
+    for (v, t, seeds) in [(1, 20, 2), (3, 40, 4), (63, 40, 5), (64, 40, 5), (65, 40, 5), (300, 40, 12), (5000, 20, 8)] {
         (0..seeds).for_each(|seed| check(&devices, v, t, seed, usize::MAX));
     }
     check(&devices, 50_001, 20, 1, usize::MAX);

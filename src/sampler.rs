@@ -200,7 +200,7 @@ mod tests {
             }
             if sampling.top_p < 1.0 {
                 let share = (f64::from(sampling.top_p) * 2f64.powi(32)).floor() as u128;
-                let most = (share * mass(&kept) >> 32).max(1);
+                let most = ((share * mass(&kept)) >> 32).max(1);
                 let n_kept = (1..=kept.len()).take_while(|n| mass(&kept[..n - 1]) < most).count();
                 kept.truncate(n_kept);
             }
@@ -209,7 +209,7 @@ mod tests {
             kept.sort_by_key(|&(below, id)| (below >> 16, id));
             let halves = philox::halves;
             let bits = philox::bits(halves(sampling.seed), halves(sampling.stream), position);
-            let target = u128::from(bits) * mass(&kept) >> 64;
+            let target = (u128::from(bits) * mass(&kept)) >> 64;
             id = kept[(1..).find(|n| mass(&kept[..*n]) > target).unwrap() - 1].1;
         }
         let own = sorted(logits);

@@ -428,9 +428,13 @@ fn sessions_that_draft_and_those_that_do_not_share_steps() {
             for count in [Some(4), None] {
                 let mut scheduler = scheduler(&engine, &SchedulerOptions { page: 4, ..SchedulerOptions::default() });
                 let requests: Vec<Request> = cases.iter().map(|case| add(&mut scheduler, case)).collect();
-                let own = || Speculation::new(DraftModel::new(&engine, &engine).unwrap());
+                let own = |by: &Sampling| {
+                    Speculation::new(DraftModel::new(&engine, &engine).unwrap().with_sampling(by.clone()))
+                };
+                // One draws as the session does, one does not.
+                let owns = [own(&cases[2].options.sampling), own(&Sampling::greedy())];
                 let lookup = || Speculation::new(PromptLookup);
-                for (request, who) in requests.iter().zip([lookup(), lookup(), own(), own()]) {
+                for (request, who) in requests.iter().zip([lookup(), lookup()].into_iter().chain(owns)) {
                     let who = if let Some(count) = count { who.with_count(count).unwrap() } else { who };
                     scheduler.set_speculation(request, Some(who));
                 }

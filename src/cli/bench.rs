@@ -234,7 +234,10 @@ fn steps(args: &Args, engine: &fourfold::Engine) -> anyhow::Result<Measured> {
     }
     for &depth in &args.depth {
         for &batch in &args.batch {
-            let beside = if batch == 1 { String::new() } else { format!(", {batch} at once") };
+            let mut beside = if batch == 1 { String::new() } else { format!(", {batch} at once") };
+            if sampling.temperature > 0.0 {
+                beside += &format!(", temperature {}", sampling.temperature);
+            }
             let mut add = |what: &str, how: &str, run: bench::Decode| {
                 let facts = json!({ "what": what, "depth": depth, "batch": batch, "temperature": sampling.temperature,
                     "top_k": sampling.top_k, "top_p": sampling.top_p, "min_p": sampling.min_p });

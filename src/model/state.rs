@@ -7,9 +7,9 @@ use crate::device::{Buffer, Device};
 use crate::error::{Error, Result};
 use crate::format::Format;
 use crate::ops::{
-    ActScale, Activations, Addend, CacheFormat, ChosenGroup, Drawn, ExpertScales, Experts, Group, HeadNorm, Input,
-    InputScales, Kept, KvCache, MoeScatter, NormLinear, PARTS, Peak, Piece, Projection, RmsNorm, Rotated, Router,
-    Routes, Routing, Row, StageActivation, Staging, Step, Sums, Swiglu, Weight, segments_within, staged_words,
+    ActScale, Activations, Addend, CacheFormat, ChosenGroup, Drawing, Drawn, ExpertScales, Experts, Group, HeadNorm,
+    Input, InputScales, Kept, KvCache, MoeScatter, NormLinear, PARTS, Peak, Piece, Projection, RmsNorm, Rotated,
+    Router, Routes, Routing, Row, StageActivation, Staging, Step, Swiglu, Weight, segments_within, staged_words,
 };
 use crate::program::{HostStages, Program, Role, Slice};
 use crate::sampler::{POWERS, Rule};
@@ -128,7 +128,7 @@ pub struct State {
     /// `[P]` of `ops::Drawn`.
     pub drawn: Slice,
     /// What tokens are drawn from.
-    pub(super) drawing: Sums,
+    pub(super) drawing: Drawing,
     /// Most picks at once.
     pub max_picks: u32,
     /// The residual stream where a layer begins.
@@ -254,9 +254,9 @@ impl State {
         let sequences = plan.paged.map_or(1, |paged| u64::from(paged.sequences));
         let rules = Buffer::new(device, "rules of drawing", sequences * size_of::<Rule>() as u64)?;
         let (rows, logits) = (new("rows", t * size_of::<Row>() as u64)?, new("logits", picks * vocab * 4)?);
-        let row_sums = Sums::row_bytes(c.vocab_size as u32, device.limits().max_binding_bytes);
+        let row_sums = Drawing::row_bytes(c.vocab_size as u32, device.limits().max_binding_bytes);
         let sums = (picks * row_sums).min(SUM_BYTES.min(device.limits().max_binding_bytes).max(row_sums));
-        let drawing = Sums {
+        let drawing = Drawing {
             logits,
             powers: powers.slice(),
             rules: rules.slice(),

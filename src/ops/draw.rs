@@ -50,7 +50,7 @@ impl Draws {
 
 /// What tokens are drawn from, and what is needed on the way.
 #[derive(Clone, Copy, Debug)]
-pub struct Sums {
+pub struct Drawing {
     /// `[T, V]` f32.
     pub logits: Slice,
     /// `sampler::POWERS`.
@@ -63,11 +63,11 @@ pub struct Sums {
     pub parts: Slice,
     /// `[T]` [`Kept`].
     pub kept: Slice,
-    /// Sums of spans, of as many rows at a time as it holds: [`Sums::row_bytes`] each, or of one that has fewer spans.
+    /// Sums of spans, of as many rows at a time as it holds: [`Drawing::row_bytes`] each, or of one that has fewer spans.
     pub sums: Slice,
 }
 
-impl Sums {
+impl Drawing {
     /// Bytes of the sums of a row of `v` logits, where a binding holds as many.
     pub fn row_bytes(v: u32, max_binding_bytes: u64) -> u64 {
         let most = u64::from(v).div_ceil(SPAN_TOKENS).min(SPANS);
@@ -97,7 +97,7 @@ pub struct Drawn {
 
 impl Program {
     /// A token from each row of logits into `drawn [T]` ([`Drawn`]), and into `rows` as the next step's.
-    pub fn draw(&mut self, v: u32, how: Draws, from: &Sums, drawn: Slice) {
+    pub fn draw(&mut self, v: u32, how: Draws, from: &Drawing, drawn: Slice) {
         self.argmax(v, from.logits, from.parts);
         let tokens = self.tokens;
         let [spans, some] = from.layout(v);
@@ -118,7 +118,7 @@ impl Program {
         }
     }
 
-    fn draw_rows(&mut self, op: Draw, from: &Sums, drawn: Slice) {
+    fn draw_rows(&mut self, op: Draw, from: &Drawing, drawn: Slice) {
         let launch = Launch::new(Op::Draw(op), &KERNEL, [op.rows, 1, 1])
             .constant("V", op.v)
             .constant("PARTS", PARTS)

@@ -39,7 +39,7 @@ pub(crate) use argmax::PARTS;
 pub use argmax::{Argmax, Peak};
 pub(crate) use attention::segments_within;
 pub use attention::{Attention, AttentionMerge, Seen};
-pub use draw::{Draw, Drawn, Draws, Sums};
+pub use draw::{Draw, Drawing, Drawn, Draws};
 pub use embed::Embed;
 pub use glu::{Gate, Glu};
 pub use group::{ChosenGroup, Group, Routing};

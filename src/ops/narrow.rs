@@ -1,7 +1,7 @@
 //! Where a filter ends, digit by digit, and in the end which of the tokens there stay.
 
 use super::weigh::{whole, words};
-use super::{Kept, Op, Row, Sums, Views};
+use super::{Drawing, Kept, Op, Row, Views};
 use crate::program::{Launch, Program};
 use crate::sampler::{Rule, share};
 use crate::shader::Kernel;
@@ -26,7 +26,7 @@ pub struct Narrow {
 
 impl Program {
     /// The next digit of `op.rows` rows, from `to.sums`.
-    pub(super) fn narrow(&mut self, op: Narrow, to: &Sums) {
+    pub(super) fn narrow(&mut self, op: Narrow, to: &Drawing) {
         let launch = Launch::new(Op::Narrow(op), &KERNEL, [op.rows, 1, 1])
             .constant("V", op.v)
             .constant("SPANS", op.spans)

@@ -1,7 +1,7 @@
 //! What the tokens of each span of the vocabulary count, by the digits of how far they lie below the likeliest one: the sums that a
 //! filter's end, or the token that is drawn, is found by.
 
-use super::{Op, PARTS, Peak, Row, Sums, Views};
+use super::{Drawing, Op, PARTS, Peak, Row, Views};
 use crate::program::{Launch, Program};
 use crate::sampler::{FAR, Rule, below, weight};
 use crate::shader::Kernel;
@@ -84,7 +84,7 @@ pub(crate) fn words(n: u64) -> [u32; 2] {
 
 impl Program {
     /// The sums of `op.rows` rows into `to.sums`.
-    pub(super) fn weigh(&mut self, op: Weigh, to: &Sums) {
+    pub(super) fn weigh(&mut self, op: Weigh, to: &Drawing) {
         let launch = Launch::new(Op::Weigh(op), &KERNEL, [op.spans, op.rows, 1])
             .constant("V", op.v)
             .constant("PARTS", PARTS)

@@ -6,7 +6,7 @@
 #[inline]
 fn exp(x: f32) -> f32 {
     // Of ln 2, so few bits that its product with a whole number up to 127 is exact, and the rest.
-    const LN_2_HIGH: f32 = 0.693359375;
+    const LN_2_HIGH: f32 = 0.693_359_4; // 355 / 512
     const LN_2_LOW: f32 = -2.1219444e-4;
     // Adding it leaves the nearest whole number in the lowest bits.
     const ROUND: f32 = 1.5 * (1 << 23) as f32;

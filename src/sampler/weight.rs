@@ -46,7 +46,7 @@ fn whole(x: f32) -> u32 {
     let half = x * 0.5 + ROUND;
     let even = 2.0 * (half - ROUND); // the nearest even number, or one as near
     let nearest = 2 * (half.to_bits() - ROUND.to_bits());
-    nearest + u32::from(x >= even + 1.0) - u32::from(x < even)
+    nearest + u32::from(x - even >= 1.0) - u32::from(x < even)
 }
 
 /// The weight of a token so many steps below the likeliest, at most [`FAR`]: 2^31, and half as much with each octave.

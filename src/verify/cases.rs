@@ -8,8 +8,8 @@ use super::kernels::ROWS;
 use crate::error::Result;
 use crate::format::Format;
 use crate::ops::{
-    ActScale, Addend, Amax, Attention, CacheFormat, Draws, Gate, Glu, HeadNorm, Input, InputScales, KvCache, PARTS,
-    Piece, Projection, RmsNorm, Rotated, Routes, Row, STATS_WORDS, StageActivation, Staging, Stream, Sums,
+    ActScale, Addend, Amax, Attention, CacheFormat, Drawing, Draws, Gate, Glu, HeadNorm, Input, InputScales, KvCache,
+    PARTS, Piece, Projection, RmsNorm, Rotated, Routes, Row, STATS_WORDS, StageActivation, Staging, Stream,
     staged_words,
 };
 use crate::program::{HostStages, Program, Role, Slice};
@@ -594,7 +594,7 @@ fn draw(how: Draws) -> Case {
         let places: Vec<Row> = which.iter().map(row).collect();
         let rows = b.guarded(bytemuck::cast_slice(&places))?;
         let drawn = b.output(which.len() * 4)?;
-        let from = Sums {
+        let from = Drawing {
             logits: b.input(&pick(&logits, v, which))?,
             powers: b.input(&POWERS)?,
             rules: b.input(&(0..ROWS + 1).map(rule).collect::<Vec<_>>())?,
@@ -602,7 +602,7 @@ fn draw(how: Draws) -> Case {
             parts: b.output(which.len() * PARTS as usize * 4)?,
             kept: b.output(which.len() * 8)?,
             // Of so many rows at a time.
-            sums: b.output(24 * Sums::row_bytes(v as u32, u64::MAX) as usize / 4)?,
+            sums: b.output(24 * Drawing::row_bytes(v as u32, u64::MAX) as usize / 4)?,
         };
         let mut p = program(which.len());
         p.draw(v as u32, how, &from, drawn);

@@ -2,7 +2,7 @@
 
 use super::{EPS, check, output_of, program};
 use crate::harness::{Bench, Random, cpu, gpus, sum_tolerance};
-use fourfold::ops::{Add, Addend, Drawn, Draws, MoeScatter, Op, RmsNorm, Routes, Row, Sums};
+use fourfold::ops::{Add, Addend, Drawing, Drawn, Draws, MoeScatter, Op, RmsNorm, Routes, Row};
 use fourfold::program::{Program, Slice};
 use fourfold::sampler::{POWERS, Rule};
 
@@ -19,7 +19,7 @@ pub fn draw_case(
     let v = logits.len() / t;
     let rows: Vec<Row> = (0..t as u32).map(|i| Row { token: 7, sequence: i + 1, position: 10 * i, pad: 0 }).collect();
     let (drawn, rows) = (b.output(t * 4), b.guarded(bytemuck::cast_slice(&rows)));
-    let from = Sums {
+    let from = Drawing {
         logits: b.input(logits),
         powers: b.input(&POWERS),
         rules: b.input(rules),

@@ -4,7 +4,7 @@ use super::draw::draw_case;
 use crate::harness::{Bench, Random, cpu, gpus, small_binding_gpu};
 use fourfold::Sampling;
 use fourfold::device::Device;
-use fourfold::ops::{Drawn, Draws, Sums};
+use fourfold::ops::{Drawing, Drawn, Draws};
 use fourfold::sampler::{Rule, sample};
 use std::sync::Arc;
 
@@ -67,7 +67,7 @@ fn check(devices: &[(&str, Arc<dyn Device>)], v: usize, t: usize, seed: u64, mos
         .collect();
     let twin = drawn(&cpu(), &rows, &by, most, 4 << 20);
     // All rows at a time; few of them, or of their spans; and rounds that nobody needs.
-    let sums = [4 << 20, 21 * 2048, 30 * Sums::row_bytes(v as u32, u64::MAX) as usize]
+    let sums = [4 << 20, 21 * 2048, 30 * Drawing::row_bytes(v as u32, u64::MAX) as usize]
         .map(|bytes: usize| bytes.min(most_bytes));
     let ways = [(most, sums[0]), (most, sums[1]), (Draws::Rounds(6), sums[2])];
     for (name, device) in devices {

@@ -26,14 +26,12 @@ fn exp(x: f32) -> f32 {
 /// The sum of e^(logit - largest), in eight sums that take turns: in this order whatever the machine.
 pub(super) fn sum(logits: &[f32], largest: f32) -> f64 {
     let mut sums = [0.0; 8];
-    let mut add = |logits: &[f32]| {
-        for (sum, &logit) in sums.iter_mut().zip(logits) {
-            *sum += f64::from(exp(logit - largest));
-        }
-    };
     let (eights, rest) = logits.as_chunks::<8>();
-    eights.iter().for_each(|eight| add(eight));
-    add(rest);
+    for eight in eights {
+        let terms = eight.map(|logit| exp(logit - largest));
+        sums.iter_mut().zip(terms).for_each(|(sum, term)| *sum += f64::from(term));
+    }
+    sums.iter_mut().zip(rest).for_each(|(sum, &logit)| *sum += f64::from(exp(logit - largest)));
     sums.iter().sum()
 }
 

@@ -3,7 +3,7 @@
 //! the tokens that share the digits before.
 
 use super::rule::share;
-use super::weight::{FAR, below, scaled, weight};
+use super::weight::{FAR, nearer, scaled, weight};
 use super::{Rule, philox};
 
 /// How many steps below the likeliest a token lies, and its id.
@@ -30,28 +30,31 @@ struct Tokens<'l> {
 const BLOCK: usize = 64;
 
 impl Tokens<'_> {
-    /// See the steps of each block of tokens, and the first one's id.
+    /// See the steps of each block of tokens, [`FAR`] of those more than `far` below, and the first one's id.
     #[inline]
-    fn each(&self, mut see: impl FnMut(&[u32], u32)) {
-        let mut steps = [0; BLOCK];
-        let mut fill = |logits: &[f32], first: usize| {
-            for (steps, &logit) in steps.iter_mut().zip(logits) {
-                *steps = below(self.largest, logit, self.sharp);
-            }
-            see(&steps[..logits.len()], first as u32);
-        };
+    fn each(&self, far: u32, mut see: impl FnMut(&[u32], u32)) {
+        let (largest, sharp, end) = (self.largest, self.sharp, (far + 1) as f32);
         let (blocks, rest) = self.logits.as_chunks::<BLOCK>();
-        blocks.iter().enumerate().for_each(|(i, block)| fill(block, i * BLOCK));
-        fill(rest, blocks.len() * BLOCK);
+        let mut steps = [0; BLOCK];
+        for (block, id) in blocks.iter().zip((0..).step_by(BLOCK)) {
+            for (steps, &logit) in steps.iter_mut().zip(block) {
+                *steps = nearer(largest, logit, sharp, end);
+            }
+            see(&steps, id);
+        }
+        for (steps, &logit) in steps.iter_mut().zip(rest) {
+            *steps = nearer(largest, logit, sharp, end);
+        }
+        see(&steps[..rest.len()], (blocks.len() * BLOCK) as u32);
     }
 
-    /// By bin, the sum of what tokens up to `far` steps below count. Without branches, which nobody could foretell.
+    /// By bin, the sum of what tokens up to `far` steps below count.
     #[inline]
     fn sums(&self, far: u32, counts: impl Fn(u32) -> u64) -> [u64; 256] {
         let mut sums = [0; 512]; // beside 256 bins one of tokens too far away
-        self.each(|steps, _| {
+        self.each(far, |steps, _| {
             for &below in steps {
-                sums[bin(below) as usize % 512] += if below <= far { counts(below) } else { 0 };
+                sums[bin(below) as usize % 512] += counts(below);
             }
         });
         *sums.first_chunk().expect("there are more")
@@ -62,7 +65,7 @@ impl Tokens<'_> {
         let (first, last) = (bins.start() << 16, bins.end() << 16 | 0xffff);
         let is_of = |below: u32| below.wrapping_sub(first) <= last - first;
         let mut tokens = Vec::new();
-        self.each(|steps, id| {
+        self.each(FAR - 1, |steps, id| {
             if steps.iter().fold(false, |any, &below| any | is_of(below)) {
                 tokens.extend(steps.iter().copied().zip(id..).filter(|(below, _)| is_of(*below)));
             }
@@ -114,7 +117,13 @@ fn by_id(tokens: &[Token], mut target: u64, counts: impl Fn(u32) -> u64) -> Opti
 
 /// The token at `position`, by the rule, from a row whose largest logit is finite.
 pub(super) fn draw(rule: &Rule, logits: &[f32], largest: f32, position: u64) -> u32 {
-    let likeliest = || logits.iter().position(|logit| *logit == largest).expect("it is one of them") as u32;
+    let likeliest = || {
+        // A block at a time, for vector instructions.
+        let has = |block: &[f32]| block.iter().fold(false, |has, logit| has | (*logit == largest));
+        let first = logits.chunks(BLOCK).position(has).expect("it is one of them") * BLOCK;
+        let within = logits[first..].iter().position(|logit| *logit == largest);
+        (first + within.expect("it is in this block")) as u32
+    };
     if rule.sharp == 0.0 {
         return likeliest();
     }

@@ -34,8 +34,15 @@ const fn powers() -> [[u32; 2]; 512] {
 /// infinity.
 #[inline]
 pub(crate) fn below(largest: f32, logit: f32, sharp: f32) -> u32 {
+    nearer(largest, logit, sharp, FAR as f32)
+}
+
+/// The same for tokens of fewer steps than `end`; [`FAR`] for others.
+#[inline]
+pub(super) fn nearer(largest: f32, logit: f32, sharp: f32, end: f32) -> u32 {
     // A difference and a product, each rounded once.
-    whole(((largest - logit) * sharp).min(FAR as f32))
+    let steps = (largest - logit) * sharp;
+    whole(if steps < end { steps } else { FAR as f32 })
 }
 
 /// `x as u32` for x from 0 to 2^24, by vector instructions: casts look for what cannot be here, in six times as long.

@@ -185,7 +185,7 @@ fn bad_flags_are_code_2() {
         fails(&[&["bench", "--device", "cpu", "--model", &tiny()], more].concat(), 2, words);
     };
     with(&["--batch", "0"], &["--batch", "above zero"]);
-    with(&["--temperature", "-1"], &["temperature"]);
+    with(&["--temperature=-1"], &["temperature", "0 (greedy) or more"]);
     with(&["--top-p", "1.5"], &["top_p", "0 to 1"]);
     with(&["--batch", "1,x"], &["--batch", "above zero"]);
     with(&["--kernel", "x"], &["--kernel", "moe"]);

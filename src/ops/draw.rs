@@ -48,7 +48,7 @@ impl Draws {
     }
 }
 
-/// What tokens are drawn from, and what is needed on the way.
+/// What tokens are drawn from, and where what is found on the way stands.
 #[derive(Clone, Copy, Debug)]
 pub struct Drawing {
     /// `[T, V]` f32.
@@ -101,6 +101,7 @@ impl Program {
         self.argmax(v, from.logits, from.parts);
         let tokens = self.tokens;
         let [spans, some] = from.layout(v);
+        debug_assert!(v.div_ceil(spans) <= 1 << 16, "sums of half words fit a word");
         let (some, sampled) = match how {
             Draws::Likeliest => (tokens, false),
             Draws::Rounds(_) => (some, true),

@@ -3,7 +3,7 @@
 //!     cargo bench --bench sampling
 //!
 //! Medians of 101 draws at different positions. "peaked" logits are like a model's, a bell with a few tokens far ahead;
-//! "flat" ones make a draw look far down the ranking, which few models do.
+//! of "flat" ones, which few models give, very many are about as likely.
 
 use fourfold::sampler::sample;
 use fourfold::{Result, Sampling};

@@ -8,15 +8,17 @@
 // override  V, PARTS
 // twin      src/ops/argmax.rs
 //
-// Of equal logits the lowest id. A part of minus infinities has the sum 0.
+// Of equal logits the lowest id. A part of minus infinities has its first id, minus infinity and the sum 0.
 #import exp
+#import order
 override V: u32;
 override PARTS: u32;
 const WG = 256u;
-@group(0) @binding(0) var<storage, read> logits: array<f32>;
+@group(0) @binding(0) var<storage, read> logits: array<u32>;
 @group(0) @binding(1) var<storage, read_write> parts: array<vec4<u32>>;
 
-var<workgroup> best: array<f32, WG>;
+var<workgroup> best: array<u32, WG>; // by `order`
+var<workgroup> sums: array<f32, WG>;
 var<workgroup> ids: array<u32, WG>;
 var<workgroup> bad: array<u32, WG>;
 
@@ -26,16 +28,23 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     let first = min(group.x * each, V);
     let last = min(first + each, V);
     let row = group.y * V;
-    var most = -3.4028234e38;
-    var id = first + lane;
+    var most = NEVER;
+    var id = first;
     var seen = 0u;
-    for (var v = first + lane; v < last; v += WG) {
-        let bits = bitcast<u32>(logits[row + v]);
-        if bits == 0x7f800000u || (bits & 0x7fffffffu) > 0x7f800000u {
-            seen = 1u;
-        } else if bitcast<f32>(bits) > most {
-            most = bitcast<f32>(bits);
-            id = v;
+    for (var v = first + lane; v < last; v += 4u * WG) {
+        let four = v + vec4<u32>(0u, WG, 2u * WG, 3u * WG);
+        let near = row + min(four, vec4<u32>(last - 1u));
+        let bits = vec4<u32>(logits[near.x], logits[near.y], logits[near.z], logits[near.w]);
+        for (var i = 0u; i < 4u; i++) {
+            if four[i] >= last {
+                break;
+            }
+            if bits[i] == 0x7f800000u || (bits[i] & 0x7fffffffu) > 0x7f800000u {
+                seen = 1u;
+            } else if order(bits[i]) > most {
+                most = order(bits[i]);
+                id = four[i];
+            }
         }
     }
     best[lane] = most;
@@ -53,22 +62,28 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         }
     }
     workgroupBarrier(); // the best is known
-    let top = best[0];
-    let winner = ids[0];
+    let top = bitcast<f32>(bits_of(best[0]));
+    let zero = max(top, -3.4028234e38); // a part of minus infinities adds nothing
     var sum = 0.0;
-    for (var v = first + lane; v < last; v += WG) {
-        sum += exp_f32(logits[row + v] - top);
+    for (var v = first + lane; v < last; v += 4u * WG) {
+        let four = v + vec4<u32>(0u, WG, 2u * WG, 3u * WG);
+        let near = row + min(four, vec4<u32>(last - 1u));
+        let some = bitcast<vec4<f32>>(vec4<u32>(logits[near.x], logits[near.y], logits[near.z], logits[near.w]));
+        for (var i = 0u; i < 4u; i++) {
+            if four[i] < last {
+                sum += exp_f32(some[i] - zero);
+            }
+        }
     }
-    workgroupBarrier(); // all lanes have read the best before sums take the place
     for (var stride = WG / 2u; stride > 0u; stride /= 2u) {
-        best[lane] = sum;
+        sums[lane] = sum;
         workgroupBarrier(); // all lanes have written
         if lane < stride {
-            sum += best[lane + stride];
+            sum += sums[lane + stride];
         }
         workgroupBarrier(); // all lanes have read before the next round overwrites
     }
     if lane == 0u {
-        parts[group.y * PARTS + group.x] = vec4<u32>(winner, bitcast<u32>(top), bitcast<u32>(sum), bad[0]);
+        parts[group.y * PARTS + group.x] = vec4<u32>(ids[0], bitcast<u32>(top), bitcast<u32>(sum), bad[0]);
     }
 }

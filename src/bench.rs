@@ -5,7 +5,7 @@ use crate::device::{Buffer, Device};
 use crate::engine::{Engine, Session, Want, write_rows};
 use crate::error::{Error, Result};
 use crate::model::Plan;
-use crate::ops::{ChosenGroup, Op, Row, Stream};
+use crate::ops::{ChosenGroup, Draws, Op, Row, Stream};
 use crate::program::{HostStages, Program, Role};
 use crate::reply::ReplyOptions;
 use crate::sampler::Sampling;
@@ -110,16 +110,16 @@ pub fn prefill(session: &mut Session, length: usize) -> Result<f64> {
     Ok(start.elapsed().as_secs_f64())
 }
 
-/// `count` tokens after `depth`, each the likeliest after the one before, the first `warm` of them not counted.
-pub fn decode(session: &mut Session, depth: usize, warm: usize, count: usize) -> Result<Decode> {
+/// `count` tokens after `depth`, drawn as `sampling` says, the first `warm` of them not counted.
+pub fn decode(session: &mut Session, sampling: &Sampling, depth: usize, warm: usize, count: usize) -> Result<Decode> {
     session.clear();
     let next = tokens(1, session.engine().config().vocab_size)[0];
     if depth > 0 {
         prefill(session, depth)?;
     }
-    let bytes = bytes_of_step(&[&session.decode_program(1, depth as u32 + 1).clone()], depth as u64);
+    let bytes = bytes_of_step(&[&session.decode_program(1, depth as u32 + 1, Draws::Likeliest).clone()], depth as u64);
     session.feed(&[next], Want::Logits)?;
-    session.begin_drawing()?;
+    session.begin_drawing(sampling)?;
     let mut seconds = Vec::new();
     let mut start = Instant::now();
     for i in 0..warm + count {
@@ -135,8 +135,15 @@ pub fn decode(session: &mut Session, depth: usize, warm: usize, count: usize) ->
 }
 
 /// As [`decode`], of `sequences` sequences that are stepped together: seconds of each step, bytes of a step.
-pub fn decode_batch(engine: &Engine, sequences: usize, depth: usize, warm: usize, count: usize) -> Result<Decode> {
-    let (mut scheduler, _requests) = filled(engine, sequences, depth, warm + count + 1, Paged::AsUsual)?;
+pub fn decode_batch(
+    engine: &Engine,
+    sampling: &Sampling,
+    sequences: usize,
+    depth: usize,
+    warm: usize,
+    count: usize,
+) -> Result<Decode> {
+    let (mut scheduler, _requests) = filled(engine, sampling, sequences, depth, warm + count + 1, Paged::AsUsual)?;
     let bytes = bytes_of_step(&[&scheduler.begin(0)?], depth as u64);
     let mut seconds = Vec::new();
     let mut start = Instant::now();
@@ -156,13 +163,20 @@ pub fn decode_batch(engine: &Engine, sequences: usize, depth: usize, warm: usize
 ///
 /// # Errors
 /// Where so many steps are more than such a page has positions: nobody gives pages back that no window looks back to.
-pub fn decode_plain(engine: &Engine, sequences: usize, depth: usize, warm: usize, count: usize) -> Result<Decode> {
+pub fn decode_plain(
+    engine: &Engine,
+    sampling: &Sampling,
+    sequences: usize,
+    depth: usize,
+    warm: usize,
+    count: usize,
+) -> Result<Decode> {
     let steps = warm + count;
     if steps > LARGE_PAGE {
         let reason = format!("plain steps are {} at most: fewer, or no --plain", LARGE_PAGE - warm);
         return Err(Error::option("tokens", reason));
     }
-    let (mut scheduler, _requests) = filled(engine, sequences, depth, steps + 1, Paged::InOne)?;
+    let (mut scheduler, _requests) = filled(engine, sampling, sequences, depth, steps + 1, Paged::InOne)?;
     let program = scheduler.begin(steps)?;
     let (device, bytes) = (engine.device(), bytes_of_step(&[&program], depth as u64));
     let (mut under_way, mut left) = (VecDeque::new(), steps);
@@ -276,7 +290,7 @@ const BUSY_SECONDS: f64 = 1.0;
 pub fn keep_busy(session: &mut Session) -> Result<()> {
     let start = Instant::now();
     while start.elapsed().as_secs_f64() < BUSY_SECONDS {
-        decode(session, 0, 0, 4)?;
+        decode(session, &Sampling::greedy(), 0, 0, 4)?;
     }
     Ok(())
 }
@@ -307,10 +321,10 @@ const WEIGHTS: [&str; 3] = ["codes", "scales", "row_scales"];
 ///
 /// # Errors
 /// Where the device has no clock.
-pub fn profile(engine: &Engine, depth: usize, rows: usize, rounds: usize) -> Result<Vec<Timed>> {
+pub fn profile(engine: &Engine, sampling: &Sampling, depth: usize, rows: usize, rounds: usize) -> Result<Vec<Timed>> {
     let device = engine.device();
     clock(device)?;
-    let (mut scheduler, _requests) = filled(engine, rows, depth, 2, Paged::AsUsual)?;
+    let (mut scheduler, _requests) = filled(engine, sampling, rows, depth, 2, Paged::AsUsual)?;
     let program = scheduler.begin(0)?;
     device.run(&program)?;
     let mut round = || {
@@ -341,6 +355,7 @@ enum Paged {
 /// Sessions with prompts of `depth` tokens, at least one, that part at their first, and room for `more` tokens of each.
 fn filled(
     engine: &Engine,
+    sampling: &Sampling,
     sessions: usize,
     depth: usize,
     more: usize,
@@ -353,7 +368,7 @@ fn filled(
     let page = if paged == Paged::InOne { context.min(LARGE_PAGE) } else { usual.page };
     let mut scheduler = engine.scheduler(&SchedulerOptions { page, ..usual })?;
     let options = ReplyOptions {
-        sampling: Sampling::greedy(),
+        sampling: sampling.clone(),
         max_tokens: Some(more + 1),
         stop_tokens: Some(Vec::new()),
         ..ReplyOptions::default()

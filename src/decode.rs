@@ -1,28 +1,28 @@
-//! Drawing on the device: the likeliest token of a step becomes the row of the next one there, the host submits ahead and
+//! Drawing on the device: the token that a step draws becomes the row of the next one there, the host submits ahead and
 //! reads behind. And steps over tokens that were proposed, which a conversation holds as they turn out to be right.
 
 use crate::device::{Device, Later};
 use crate::engine::{Session, write_rows};
 use crate::error::{Error, Result};
-use crate::ops::{Drawn, Row};
+use crate::ops::{Drawn, Draws, Row};
 use crate::parallel::{in_parallel, threads};
 use crate::program::{Program, Slice};
-use crate::sampler::{Choice, Sampling, sample};
+use crate::sampler::{Choice, Rule, Sampling, sample};
 use crate::tokenizer::TokenId;
 use std::borrow::Cow;
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 
-/// Programs of decode steps, by rows and reach: each is recorded once.
+/// Programs of decode steps, by rows, reach, and how they draw: each is recorded once.
 #[derive(Debug, Default)]
-pub(crate) struct DecodePrograms(HashMap<(u32, u32), Program>);
+pub(crate) struct DecodePrograms(HashMap<(u32, u32, Draws), Program>);
 
 impl DecodePrograms {
     /// The program over `rows` rows that see `reach` positions at most. `record` is told how many it should be good for.
-    pub(crate) fn get(&mut self, rows: u32, reach: u32, record: impl FnOnce(u32) -> Program) -> &Program {
+    pub(crate) fn get(&mut self, rows: u32, reach: u32, draws: Draws, record: impl FnOnce(u32) -> Program) -> &Program {
         // One program for all reaches of as many segments, so that few are recorded.
         let reach = reach.max(128).next_power_of_two();
-        self.0.entry((rows, reach)).or_insert_with(|| record(reach).seal())
+        self.0.entry((rows, reach, draws)).or_insert_with(|| record(reach).seal())
     }
 }
 
@@ -50,19 +50,32 @@ pub(crate) struct Ahead {
 }
 
 impl Session {
-    /// Begin to draw after the tokens that were fed last, whose logits were computed (`Want::Last`).
-    pub(crate) fn begin_drawing(&mut self) -> Result<()> {
+    /// Tell the device how tokens are drawn from now on.
+    fn draw_by(&mut self, sampling: &Sampling) -> Result<()> {
+        let rule = Rule::new(sampling);
+        if rule != self.rule {
+            self.engine.device().write(self.state.rules(), bytemuck::bytes_of(&rule))?;
+            self.rule = rule;
+        }
+        Ok(())
+    }
+
+    /// Begin to draw after the tokens that were fed last, whose logits were computed (`Want::Logits`).
+    pub(crate) fn begin_drawing(&mut self, sampling: &Sampling) -> Result<()> {
+        self.draw_by(sampling)?;
         let (position, s) = (self.tokens.len(), &self.state);
         let device = self.engine.device().clone();
         // `draw` puts the token here and moves on by one position.
         write_rows(&device, s, &[Row { token: 0, sequence: 0, position: position as u32 - 1, pad: 0 }])?;
-        let under_way = VecDeque::from([run_drawing(&device, &self.engine.model().draw(1, s), s.drawn)?]);
+        let program = self.engine.model().draw(1, Draws::of([&self.rule]), s);
+        let under_way = VecDeque::from([run_drawing(&device, &program, s.drawn)?]);
         self.ahead = Some(Ahead { last: None, under_way, position });
         Ok(())
     }
 
     /// Begin to draw after `last`, which was drawn, and which the conversation does not hold yet.
-    pub(crate) fn draw_after(&mut self, last: TokenId) -> Result<()> {
+    pub(crate) fn draw_after(&mut self, last: TokenId, sampling: &Sampling) -> Result<()> {
+        self.draw_by(sampling)?;
         let position = self.tokens.len();
         let row = Row { token: last, sequence: 0, position: position as u32, pad: 0 };
         write_rows(self.engine.device(), &self.state, &[row])?;
@@ -81,7 +94,7 @@ impl Session {
             ahead.position += 1;
             self.written = self.written.max(ahead.position);
             let drawn = self.state.drawn;
-            let program = self.decode_program(1, ahead.position as u32);
+            let program = self.decode_program(1, ahead.position as u32, Draws::of([&self.rule]));
             ahead.under_way.push_back(run_drawing(&device, program, drawn)?);
         }
         let choice = choice(&drawn(ahead.under_way.pop_front().expect("one was asked for"))?[0])?;
@@ -97,8 +110,8 @@ impl Session {
 pub(crate) enum Verified {
     /// `[T, V]`.
     Logits(Vec<f32>),
-    /// The likeliest tokens.
-    Likeliest(Vec<Drawn>),
+    /// Tokens that the device drew.
+    Drawn(Vec<Drawn>),
 }
 
 impl Verified {
@@ -109,7 +122,7 @@ impl Verified {
                 let logits = &logits[row * vocab..(row + 1) * vocab];
                 sample(sampling, logits, history, history.len() as u64)
             }
-            Self::Likeliest(drawn) => choice(&drawn[row]),
+            Self::Drawn(drawn) => choice(&drawn[row]),
         }
     }
 
@@ -125,24 +138,29 @@ impl Verified {
 impl Session {
     /// One decode step over at most `max_picks` tokens: the one drawn last and proposals. The conversation holds none of
     /// them until [`Self::hold`] says so, one by one; those that it never holds leave no trace: their places are written
-    /// again before they are read. `likeliest`: find the likeliest tokens on the device instead of reading logits.
-    pub(crate) fn verify(&mut self, tokens: &[TokenId], likeliest: bool) -> Result<Verified> {
+    /// again before they are read. Tokens are drawn on the device where that is possible, else logits are read.
+    pub(crate) fn verify(&mut self, tokens: &[TokenId], sampling: &Sampling) -> Result<Verified> {
         self.ahead = None;
         self.check(tokens)?;
-        let verified = self.run_verify(tokens, likeliest);
+        let verified = self.run_verify(tokens, sampling);
         if verified.is_err() {
             self.cut(self.tokens.len());
         }
         verified
     }
 
-    fn run_verify(&mut self, tokens: &[TokenId], likeliest: bool) -> Result<Verified> {
-        self.run_decode(tokens, None)?;
+    fn run_verify(&mut self, tokens: &[TokenId], sampling: &Sampling) -> Result<Verified> {
+        let mut draws = Draws::Likeliest;
+        if sampling.on_device() {
+            self.draw_by(sampling)?;
+            draws = Draws::of([&self.rule]);
+        }
+        self.run_decode(tokens, draws, None)?;
         let (device, s) = (self.engine.device(), &self.state);
-        if likeliest {
+        if sampling.on_device() {
             let mut drawn = vec![Drawn::default(); tokens.len()];
             device.read(s.drawn.head(size_of_val(&drawn[..]) as u64), bytemuck::cast_slice_mut(&mut drawn))?;
-            return Ok(Verified::Likeliest(drawn));
+            return Ok(Verified::Drawn(drawn));
         }
         let mut logits = vec![0.0f32; tokens.len() * self.engine.config().vocab_size];
         device.read(s.logits.head(size_of_val(&logits[..]) as u64), bytemuck::cast_slice_mut(&mut logits))?;
@@ -220,7 +238,7 @@ pub(crate) fn choice(drawn: &Drawn) -> Result<Choice> {
     if drawn.sum.is_nan() || drawn.sum <= 0.0 {
         return refuse("leave no token to choose");
     }
-    Ok(Choice { id: drawn.id, logprob: -drawn.sum.ln(), top: Vec::new() })
+    Ok(Choice { id: drawn.id, logprob: drawn.logit - drawn.sum.ln(), top: Vec::new() })
 }
 
 #[cfg(test)]
@@ -263,7 +281,7 @@ mod tests {
             assert_eq!(show(got), show(want), "{row}");
         }
         assert!(sample_rows(Vec::new()).is_empty());
-        assert!(Verified::Likeliest(Vec::new()).sample_rows(&sampling, &history, &[]).is_empty());
+        assert!(Verified::Drawn(Vec::new()).sample_rows(&sampling, &history, &[]).is_empty());
     }
 
     #[test]

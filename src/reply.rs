@@ -119,10 +119,9 @@ impl Output {
         self.started.get_or_insert_with(Instant::now);
     }
 
-    /// Whether tokens are the likeliest ones and nothing else is asked for: then they are found on the device.
-    pub fn greedy(&self) -> bool {
-        let sampling = &self.options.sampling;
-        sampling.temperature == 0.0 && sampling.repetition_penalty == 1.0 && sampling.top_logprobs == 0
+    /// Whether tokens are drawn on the device.
+    pub fn on_device(&self) -> bool {
+        self.options.sampling.on_device()
     }
 
     /// Tokens that may still be drawn.
@@ -268,24 +267,23 @@ impl<'s> Reply<'s> {
 
     /// The next token. `None`: cancelled.
     fn choose(&mut self) -> Result<Option<Choice>> {
-        // The likeliest token is found on the device and fed to the next step there.
-        let likeliest = self.output.greedy();
-        if self.output.stats.generated_tokens == 0 { self.choose_first(likeliest) } else { self.choose_next(likeliest) }
+        if self.output.stats.generated_tokens == 0 { self.choose_first() } else { self.choose_next() }
     }
 
     /// The first token, after the prompt.
-    fn choose_first(&mut self, likeliest: bool) -> Result<Option<Choice>> {
-        let want = if likeliest { Want::Logits } else { Want::Last };
+    fn choose_first(&mut self) -> Result<Option<Choice>> {
+        let on_device = self.output.on_device();
+        let want = if on_device { Want::Logits } else { Want::Last };
         let Some(logits) = self.compute(want)? else { return Ok(None) };
-        if !likeliest {
+        if !on_device {
             return self.output.sample(&logits).map(Some);
         }
-        self.session.begin_drawing()?;
+        self.session.begin_drawing(self.output.sampling())?;
         self.session.draw(self.ahead(self.resting())).map(Some)
     }
 
     /// A token after one that was drawn.
-    fn choose_next(&mut self, likeliest: bool) -> Result<Option<Choice>> {
+    fn choose_next(&mut self) -> Result<Option<Choice>> {
         if self.session.take_cancel() {
             return Ok(None);
         }
@@ -296,9 +294,9 @@ impl<'s> Reply<'s> {
         let proposal = self.propose()?;
         let resting = self.resting();
         let started = Instant::now();
-        if likeliest && resting > 0 {
+        if self.output.on_device() && resting > 0 {
             if self.session.ahead.is_none() {
-                self.session.draw_after(last)?;
+                self.session.draw_after(last, self.output.sampling())?;
             }
             self.row = 0;
             let choice = self.session.draw(self.ahead(resting - 1))?;
@@ -306,7 +304,7 @@ impl<'s> Reply<'s> {
             return Ok(Some(choice));
         }
         let rows = Rows::new(last, proposal);
-        let verified = self.session.verify(rows.tokens(), likeliest)?;
+        let verified = self.session.verify(rows.tokens(), self.output.sampling())?;
         if resting > 0 {
             self.rested(started);
         } else if let Some(speculation) = &mut self.session.speculation {

@@ -7,14 +7,23 @@ use std::collections::HashSet;
 use crate::error::{Error, Result};
 
 mod exp;
+mod line;
 mod philox;
 mod ranked;
+mod rule;
 mod stop;
+mod weight;
 
+pub use rule::Rule;
 pub use stop::StopStrings;
+pub use weight::POWERS;
 
-use exp::{exp, sum};
-use ranked::Ranked;
+pub(crate) use line::{bin, random};
+pub(crate) use rule::share;
+pub(crate) use weight::{FAR, below, scaled, weight};
+
+use exp::sum;
+use ranked::{Ranked, largest_of};
 
 /// How tokens are chosen. The steps are applied in the order of the fields, which is the order of transformers:
 /// repetition penalty, temperature, top-k, top-p, min-p; each sees what the one before it left, renormalised.
@@ -61,6 +70,11 @@ impl Sampling {
         Self { temperature: 0.0, ..Self::default() }
     }
 
+    /// Whether tokens are drawn on the device: whatever needs neither the history nor a list of tokens.
+    pub(crate) fn on_device(&self) -> bool {
+        self.repetition_penalty == 1.0 && self.top_logprobs == 0
+    }
+
     /// Checks every range.
     ///
     /// # Errors
@@ -95,32 +109,41 @@ pub struct Choice {
 ///
 /// `logits` is `[V]`; minus infinity forbids a token. `history` holds the ids that the repetition penalty counts
 /// (prompt and answer; ids of V and above are ignored). `position` makes each draw of a conversation a new one.
-/// The kept tokens are lined up by falling logit, of equal ones the lowest id first, and the random number picks along
-/// that line (inverse CDF). All sums are in f64, in an order that is the same on every machine.
+///
+/// A token has a weight in whole numbers: 2^31 for the likeliest, half as much for each octave that it lies below it, counted in steps
+/// of 2^-19 octaves; 32 octaves below it and further it is never drawn. Tokens stand in line by their steps, of equals the lowest id
+/// first: top-k keeps the front of that line, and top-p what comes before the place where the weights reach its share of all.
+/// The random number picks along what is left, by eighths of an octave and within one by id (inverse CDF). Sums of whole numbers
+/// follow no order, so the same logits give the same token on every machine, and on a device ([`Rule`]).
 ///
 /// # Errors
 /// What [`Sampling::validate`] refuses; [`Error::Device`] if the logits contain NaN or plus infinity, or no token that
 /// can be chosen: then a kernel or the checkpoint is at fault, and any choice would hide it.
 pub fn sample(sampling: &Sampling, logits: &[f32], history: &[u32], position: u64) -> Result<Choice> {
     sampling.validate()?;
-    let mut ranked = Ranked::new(logits);
-    let largest = f64::from(ranked.largest());
+    let largest = largest_of(logits);
     // NaN passes through to the sum.
-    let mass = sum(logits, |logit| exp(f64::from(logit) - largest));
+    let mass = sum(logits, largest);
     if !largest.is_finite() || mass.is_nan() {
         return Err(refusal(logits));
     }
 
-    let uniform = philox::uniform(sampling.seed, sampling.stream, position);
+    let rule = Rule::new(sampling);
     let id = match sampling.repetition_penalty {
-        // At temperature 1 a weight is what was summed already.
-        1.0 => draw(sampling, &mut ranked, (sampling.temperature == 1.0).then_some(mass), uniform),
-        penalty => draw(sampling, &mut Ranked::new(&penalise(logits, history, penalty)), None, uniform),
+        1.0 => line::draw(&rule, logits, largest, position),
+        penalty => {
+            let penalised = penalise(logits, history, penalty);
+            line::draw(&rule, &penalised, largest_of(&penalised), position)
+        }
     };
 
-    let logprob = |logit: f32| (f64::from(logit) - largest - mass.ln()) as f32;
+    let logprob = |logit: f32| (f64::from(logit) - f64::from(largest) - mass.ln()) as f32;
     let n_top = sampling.top_logprobs.min(logits.len());
-    let top = (0..n_top).map(|rank| ranked.get(rank)).map(|(logit, id)| (id, logprob(logit))).collect();
+    let mut top = Vec::new();
+    if n_top > 0 {
+        let mut ranked = Ranked::new(logits);
+        top.extend((0..n_top).map(|rank| ranked.get(rank)).map(|(logit, id)| (id, logprob(logit))));
+    }
     Ok(Choice { id, logprob: logprob(logits[id as usize]), top })
 }
 
@@ -148,56 +171,6 @@ fn penalise(logits: &[f32], history: &[u32], penalty: f32) -> Vec<f32> {
     out
 }
 
-/// The token that `uniform`, a number in [0, 1), picks from the filtered distribution. `mass`: the sum of all weights, where it
-/// is known.
-fn draw(sampling: &Sampling, ranked: &mut Ranked, mass: Option<f64>, uniform: f64) -> u32 {
-    if sampling.temperature == 0.0 {
-        return ranked.get(0).1;
-    }
-    let largest = f64::from(ranked.largest());
-    let sharpness = 1.0 / f64::from(sampling.temperature); // dividing each logit would cost a quarter of `exp`
-    // Unnormalised probability: 1 for the likeliest token, so min-p compares with it directly.
-    let weight = |logit: f32| exp((f64::from(logit) - largest) * sharpness);
-
-    let n_tokens = ranked.logits().len();
-    let (n_after_top_k, mut mass) = match sampling.top_k {
-        top_k if (1..n_tokens).contains(&top_k) => (top_k, (0..top_k).map(|rank| weight(ranked.get(rank).0)).sum()),
-        // In the order of ids, so that the sum does not depend on how far the ranking has come.
-        _ => (n_tokens, mass.unwrap_or_else(|| sum(ranked.logits(), weight))),
-    };
-
-    // Top-p and min-p each keep the front of the line.
-    let (top_p, min_p) = (f64::from(sampling.top_p), f64::from(sampling.min_p));
-    let mut n_kept = n_after_top_k;
-    if top_p < 1.0 || min_p > 0.0 {
-        let mut before = 0.0;
-        for rank in 0..n_after_top_k {
-            let w = weight(ranked.get(rank).0);
-            if rank > 0 && ((top_p < 1.0 && before >= top_p * mass) || w < min_p) {
-                n_kept = rank;
-                break;
-            }
-            before += w;
-        }
-        mass = before;
-    }
-
-    let target = uniform * mass;
-    let (mut sum, mut chosen) = (0.0, ranked.get(0).1);
-    for rank in 0..n_kept {
-        let (logit, id) = ranked.get(rank);
-        match weight(logit) {
-            0.0 => break,
-            w => sum += w,
-        }
-        chosen = id;
-        if sum > target {
-            break;
-        }
-    }
-    chosen // if rounding kept the sum below the target: the last token that has any weight
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -205,10 +178,6 @@ mod tests {
 
     fn by_rank(a: &(f32, u32), b: &(f32, u32)) -> Ordering {
         b.0.partial_cmp(&a.0).expect("no NaN").then(a.1.cmp(&b.1))
-    }
-
-    fn draw(sampling: &Sampling, logits: &[f32], uniform: f64) -> u32 {
-        super::draw(sampling, &mut Ranked::new(logits), None, uniform)
     }
 
     /// The definition, step by step, over all tokens in order.
@@ -219,31 +188,29 @@ mod tests {
             tokens
         };
         let line = sorted(&penalise(logits, history, sampling.repetition_penalty));
-        let (largest, temperature) = (f64::from(line[0].0), f64::from(sampling.temperature));
         let mut id = line[0].1;
-        if temperature > 0.0 {
-            let weighed = line.iter().map(|&(l, id)| (((f64::from(l) - largest) / temperature).exp(), id));
-            let top_k = if sampling.top_k == 0 { line.len() } else { sampling.top_k };
-            let mut kept: Vec<(f64, u32)> = weighed.take(top_k).collect();
-            let mass: f64 = kept.iter().map(|(w, _)| w).sum();
-            let (top_p, min_p) = (f64::from(sampling.top_p), f64::from(sampling.min_p));
-            let mut before = 0.0;
-            let stays = |w: f64, before: f64| (top_p == 1.0 || before < top_p * mass) && w >= min_p;
-            let n_kept = kept.iter().take_while(|(w, _)| {
-                let kept = before == 0.0 || stays(*w, before);
-                before += w;
-                kept
-            });
-            kept.truncate(n_kept.count());
-            let target =
-                philox::uniform(sampling.seed, sampling.stream, position) * kept.iter().map(|(w, _)| w).sum::<f64>();
-            let mut sum = 0.0;
-            for (w, candidate) in kept.into_iter().take_while(|(w, _)| *w > 0.0) {
-                (sum, id) = (sum + w, candidate);
-                if sum > target {
-                    break;
-                }
+        if sampling.temperature > 0.0 {
+            let rule = Rule::new(sampling);
+            let mut kept: Vec<(u32, u32)> = line.iter().map(|&(l, id)| (below(line[0].0, l, rule.sharp), id)).collect();
+            kept.retain(|(below, _)| *below < FAR);
+            kept.sort_unstable(); // logits that differ by less than a step are equals
+            let mass = |kept: &[(u32, u32)]| kept.iter().map(|(below, _)| u128::from(weight(*below))).sum::<u128>();
+            if sampling.top_k > 0 {
+                kept.truncate(sampling.top_k);
             }
+            if sampling.top_p < 1.0 {
+                let share = (f64::from(sampling.top_p) * 2f64.powi(32)).floor() as u128;
+                let most = ((share * mass(&kept)) >> 32).max(1);
+                let n_kept = (1..=kept.len()).take_while(|n| mass(&kept[..n - 1]) < most).count();
+                kept.truncate(n_kept);
+            }
+            let least = (f64::from(sampling.min_p) * 2f64.powi(31)).ceil();
+            kept.retain(|(below, _)| f64::from(weight(*below)) >= least);
+            kept.sort_by_key(|&(below, id)| (below >> 16, id));
+            let halves = philox::halves;
+            let bits = philox::bits(halves(sampling.seed), halves(sampling.stream), position);
+            let target = (u128::from(bits) * mass(&kept)) >> 64;
+            id = kept[(1..).find(|n| mass(&kept[..*n]) > target).unwrap() - 1].1;
         }
         let own = sorted(logits);
         let sum: f64 = logits.iter().map(|&l| (f64::from(l) - f64::from(own[0].0)).exp()).sum();
@@ -269,9 +236,9 @@ mod tests {
             let history: Vec<u32> = (0..20).map(|i| (at(20 + i) * 400.0) as u32).collect();
             let sampling = Sampling {
                 repetition_penalty: pick(3, &[1.0, 1.0, 1.1, 0.9]),
-                temperature: pick(4, &[0.0, 1.0, 1.0, 0.8, 0.1, 3.0]),
+                temperature: pick(4, &[0.0, 1.0, 1.0, 0.8, 0.1, 3.0, 1e-4, 100.0]),
                 top_k: pick(5, &[0.0, 0.0, 1.0, 40.0, 64.0, 100.0, 2000.0]) as usize,
-                top_p: pick(6, &[1.0, 1.0, 0.95, 0.3, 0.0]),
+                top_p: pick(6, &[1.0, 1.0, 0.95, 0.3, 0.0, 1e-6, 0.999_999]),
                 min_p: pick(7, &[0.0, 0.0, 0.05, 0.5, 1.0]),
                 seed: case,
                 stream: case % 3,
@@ -414,21 +381,6 @@ mod tests {
             let sum: f64 = many.iter().map(|&l| f64::from(l).exp()).sum();
             let want: Vec<f64> = many.iter().map(|&l| f64::from(l).exp() / sum).collect();
             assert!(chi_square(&plain, &many, &want) < 381.0);
-        }
-    }
-
-    #[test]
-    fn the_line_is_by_falling_logit_and_ends_at_the_last_possible_token() {
-        let mut logits = uneven(500);
-        logits[3] = f32::NEG_INFINITY;
-        let mut sorted: Vec<(f32, u32)> = logits.iter().copied().zip(0..).collect();
-        sorted.sort_by(by_rank);
-        assert_eq!(draw(&Sampling::default(), &logits, 0.0), sorted[0].1);
-        assert_eq!(draw(&Sampling::default(), &logits, 1.0), sorted[498].1);
-        let mut ranked = Ranked::new(&logits);
-        assert_eq!([0, 70, 63, 64, 499, 300].map(|r| ranked.get(r)), [0, 70, 63, 64, 499, 300].map(|r| sorted[r]));
-        for top_k in [1, 63, 64, 65, 499] {
-            assert_eq!(draw(&Sampling { top_k, ..Sampling::default() }, &logits, 1.0), sorted[top_k - 1].1);
         }
     }
 

@@ -14,9 +14,10 @@ use crate::engine::{Engine, write_picks, write_rows};
 use crate::error::{Error, Result};
 use crate::kv::{Held, Kv, Pages};
 use crate::model::State;
-use crate::ops::{Drawn, Row};
+use crate::ops::{Drawn, Draws, Row};
 use crate::program::{Program, Slice};
 use crate::reply::{Output, ReplyOptions};
+use crate::sampler::Rule;
 use crate::speculate::{Rows, Speculation};
 use crate::tokenizer::TokenId;
 use crate::trace::probe::hash_bytes;
@@ -73,6 +74,8 @@ pub struct Scheduler {
     context: usize,
     chunk: usize,
     decode: DecodePrograms,
+    /// How the device was told to draw each sequence's tokens.
+    rules: Vec<Rule>,
     /// In the order in which they came.
     waiting: VecDeque<Task>,
     running: Vec<Running>,
@@ -101,6 +104,8 @@ struct Task {
     /// Rows of the next step whose last tokens are only proposed: those that it would not have drawn are taken back.
     rows: Option<Rows>,
     output: Output,
+    /// How the device draws; what the host draws is the likeliest there.
+    rule: Rule,
     outbox: Arc<Outbox>,
 }
 
@@ -184,7 +189,7 @@ impl Running {
 
     fn feed(&self, first: usize, count: usize, hashing: bool) -> Feed {
         let draws = first + count == self.task.tokens.len();
-        let logits = draws && (hashing || !self.task.output.greedy());
+        let logits = draws && (hashing || !self.task.output.on_device());
         Feed { id: self.task.id, slot: self.slot, first, count, draws, logits }
     }
 }
@@ -203,7 +208,8 @@ impl Scheduler {
             &model.body(1, engine.prompt_role(1), false, &state),
             &model.body(plan.chunk, engine.prompt_role(plan.context as usize), false, &state),
             &model.head(1, &state),
-            &model.decode(options.sessions as u32, 1, false, &state),
+            &model.decode(options.sessions as u32, 1, false, Draws::Likeliest, &state),
+            &model.draw(1, Draws::Rounds(3), &state), // every kernel that drawing has
         ] {
             device.prepare(program)?;
         }
@@ -214,6 +220,7 @@ impl Scheduler {
             context: plan.context as usize,
             chunk: plan.chunk as usize,
             decode: DecodePrograms::default(),
+            rules: vec![Rule::default(); options.sessions],
             waiting: VecDeque::new(),
             running: Vec::new(),
             last_id: 0,
@@ -276,7 +283,8 @@ impl Scheduler {
         let outbox = Arc::new(Outbox::default());
         let given = tokens.len();
         let (id, speculation, rows) = (self.last_id, None, None);
-        let mut task = Task { id, tokens, given, speculation, rows, output, outbox: outbox.clone() };
+        let rule = if output.on_device() { Rule::new(output.sampling()) } else { Rule::default() };
+        let mut task = Task { id, tokens, given, speculation, rows, output, rule, outbox: outbox.clone() };
         if task.output.finish.is_some() {
             task.outbox.end(&mut task.output, None);
         } else {
@@ -366,7 +374,8 @@ impl Scheduler {
         feeds.iter().for_each(|feed| self.kv.grow(feed.slot, feed.first + feed.count + more));
         let rows = self.place(&feeds)?;
         let reach = rows.iter().map(|row| row.position + 1).max().unwrap_or(1) + more as u32;
-        Ok(self.decode_program(rows.len() as u32, reach).clone())
+        let draws = self.draws(&feeds);
+        Ok(self.decode_program(rows.len() as u32, reach, draws).clone())
     }
 
     /// For measuring: where the tokens of a step are drawn into.
@@ -515,7 +524,12 @@ impl Scheduler {
         self.kv.shares() && end < task.tokens.len() && feeds.iter().any(same)
     }
 
-    /// Take the pages that a step writes, and put its rows in their places.
+    /// How tokens are drawn after these.
+    fn draws(&self, feeds: &[Feed]) -> Draws {
+        Draws::of(feeds.iter().map(|feed| &self.rules[feed.slot]))
+    }
+
+    /// Take the pages that a step writes, say how its tokens are drawn, and put its rows in their places.
     fn place(&mut self, feeds: &[Feed]) -> Result<Vec<Row>> {
         let mut rows = Vec::new();
         for feed in feeds {
@@ -531,20 +545,24 @@ impl Scheduler {
             };
             rows.extend(tokens.iter().zip(feed.first..).map(row));
         }
-        self.kv.flush(self.engine.device())?;
-        write_rows(self.engine.device(), &self.state, &rows)?;
+        let mut rules = self.rules.clone();
+        for feed in feeds {
+            rules[feed.slot] = self.running[self.index(feed.id).expect("as above")].task.rule;
+        }
+        let device = self.engine.device();
+        if rules != self.rules {
+            device.write(self.state.rules(), bytemuck::cast_slice(&rules))?;
+            self.rules = rules;
+        }
+        self.kv.flush(device)?;
+        write_rows(device, &self.state, &rows)?;
         Ok(rows)
     }
 
     /// The program of a step of drawn tokens.
-    fn program(&mut self, rows: &[Row]) -> &Program {
-        let reach = rows.iter().map(|row| row.position + 1).max().unwrap_or(1);
-        self.decode_program(rows.len() as u32, reach)
-    }
-
-    fn decode_program(&mut self, rows: u32, reach: u32) -> &Program {
+    fn decode_program(&mut self, rows: u32, reach: u32, draws: Draws) -> &Program {
         let (model, state) = (self.engine.model(), &self.state);
-        self.decode.get(rows, reach, |reach| model.decode(rows, reach, false, state))
+        self.decode.get(rows, reach, draws, |reach| model.decode(rows, reach, false, draws, state))
     }
 
     fn submit_drawn(&mut self) -> Result<()> {
@@ -554,7 +572,9 @@ impl Scheduler {
         }
         let rows = self.place(&feeds)?;
         let device = self.engine.device().clone();
-        device.run(self.program(&rows))?;
+        let reach = rows.iter().map(|row| row.position + 1).max().unwrap_or(1);
+        let draws = self.draws(&feeds);
+        device.run(self.decode_program(rows.len() as u32, reach, draws))?;
         self.in_place = true;
         // A session's last row is the one whose logits count.
         let ends = feeds.iter().scan(0, |end, feed| {
@@ -574,7 +594,7 @@ impl Scheduler {
         let steps = self.under_way.len();
         let goes_on = |(r, id): (&Running, u64)| {
             let task = &r.task;
-            task.id == id && task.output.greedy() && task.output.left() > steps && task.resting() > steps
+            task.id == id && task.output.on_device() && task.output.left() > steps && task.resting() > steps
         };
         let mut ids: Vec<u64> = last.feeds.iter().filter(|f| f.draws && f.count == 1).map(|f| f.id).collect();
         ids.sort_unstable();
@@ -594,7 +614,8 @@ impl Scheduler {
         let device = self.engine.device().clone();
         self.kv.flush(&device)?;
         let reach = feeds.iter().map(|feed| feed.first + 1).max().unwrap_or(1);
-        device.run(self.decode_program(feeds.len() as u32, reach as u32))?;
+        let draws = self.draws(&feeds);
+        device.run(self.decode_program(feeds.len() as u32, reach as u32, draws))?;
         let step = self.submitted(feeds, places)?;
         self.under_way.push_back(step);
         Ok(())
@@ -620,7 +641,10 @@ impl Scheduler {
         if !picks.is_empty() {
             write_picks(device, s, &picks)?;
             device.run(&model.head(picks.len() as u32, s))?;
-            device.run(&model.draw(picks.len() as u32, s))?;
+            // The rows that tokens are drawn from, one behind the other.
+            let ends: Vec<Row> = picks.iter().map(|pick| rows[*pick as usize]).collect();
+            write_rows(device, s, &ends)?;
+            device.run(&model.draw(picks.len() as u32, self.draws(&feeds), s))?;
         }
         self.submitted(feeds, places).map(Some)
     }

@@ -128,11 +128,15 @@ shared!(
     "input_nvfp4",
     "lanes_32",
     "lanes_8",
+    "line",
     "matrix",
     "norm",
+    "order",
     "output_rotated",
     "output_rows",
     "pages",
+    "passes",
+    "philox",
     "reduce_shared",
     "reduce_subgroup",
     "result_segment",
@@ -165,6 +169,7 @@ shared!(
     "weights_fp8_blocks",
     "weights_mxfp4",
     "weights_nvfp4",
+    "wide",
 );
 
 /// A kernel's whole source with every slot filled. Each shared file appears once, before its first use.

@@ -131,6 +131,24 @@ fn steps_of_the_scheduler_beside_plain_ones() {
 }
 
 #[test]
+fn drawn_tokens_are_measured_too() {
+    for device in devices() {
+        let common = ["--model", &tiny(), "--device", device, "--prefill", "5", "--tokens", "3", "--batch", "1,2"];
+        let chances = ["--temperature", "0.5", "--top-k", "40", "--top-p", "0.75", "--min-p", "0.25", "--plain"];
+        let drawn = report(&[&common[..], &chances].concat());
+        let figures = &drawn["figures"].as_array().unwrap()[1..];
+        assert_eq!(figures.len(), 5, "{drawn}");
+        for figure in figures {
+            check_figure(figure, number(figure, "batch"), &drawn);
+            let flags = ["temperature", "top_k", "top_p", "min_p"].map(|key| number(figure, key));
+            assert_eq!(flags, [0.5, 40.0, 0.75, 0.25]);
+        }
+        let greedy = report(&common);
+        assert_eq!(greedy["figures"][1]["temperature"], 0.0);
+    }
+}
+
+#[test]
 fn experts_alone() {
     for device in devices() {
         for role in ["decode", "prompt"] {
@@ -167,6 +185,8 @@ fn bad_flags_are_code_2() {
         fails(&[&["bench", "--device", "cpu", "--model", &tiny()], more].concat(), 2, words);
     };
     with(&["--batch", "0"], &["--batch", "above zero"]);
+    with(&["--temperature=-1"], &["temperature", "0 (greedy) or more"]);
+    with(&["--top-p", "1.5"], &["top_p", "0 to 1"]);
     with(&["--batch", "1,x"], &["--batch", "above zero"]);
     with(&["--kernel", "x"], &["--kernel", "moe"]);
     with(&["--tokens", "1,2"], &["--tokens", "--kernel"]);

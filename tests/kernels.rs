@@ -6,6 +6,7 @@ mod draw;
 mod fused;
 mod group;
 mod matrix;
+mod sampled;
 
 use crate::harness::{Bench, Named, Random, assert_near, cpu, gpus, small_binding_gpu, sum_tolerance};
 use fourfold::HostStages;

@@ -7,6 +7,7 @@ mod certify; // the rule at length: one hash amid random neighbours, needles, dr
 mod checkpoint; // malformed files: every one a clear error, in time, with no panic
 mod cli; // the binary as a user meets it
 mod drafts; // drafters that know the reply, for `schedule`, `speculate` and `certify`
+mod draws; // tokens that the device draws: those that the host draws of the same logits, alone and among others
 mod engine; // sessions: chunks, reuse, cutting back, cancelling, errors, several engines on one device
 mod eval; // perplexity and divergence against plain sums; windows, references, the command
 mod families; // Qwen3-MoE, Qwen3, Llama: every producer and mode against goldens of other people's code

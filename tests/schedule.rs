@@ -56,6 +56,12 @@ pub fn warm(max_tokens: usize, seed: u64) -> ReplyOptions {
     ReplyOptions { sampling, ..greedy(max_tokens) }
 }
 
+/// With filters that the device applies.
+pub fn cool(max_tokens: usize, seed: u64) -> ReplyOptions {
+    let sampling = Sampling { temperature: 0.9, top_k: 50, top_p: 0.95, min_p: 0.01, seed, ..Sampling::default() };
+    ReplyOptions { sampling, ..greedy(max_tokens) }
+}
+
 /// A request, and all that should come of it.
 #[derive(Clone)]
 pub struct Case {
@@ -129,7 +135,11 @@ fn add(scheduler: &mut Scheduler, case: &Case) -> Request {
 fn cases(engine: &Engine) -> Vec<Case> {
     let mut prompts: Vec<Vec<u32>> = [3, 126, 17, 260, 1].iter().enumerate().map(|(i, n)| prompt(i + 1, *n)).collect();
     prompts.push([&prompts[1][..100], &prompt(9, 7)].concat());
-    let options = |i: usize| if i.is_multiple_of(2) { greedy(6 + i) } else { warm(7, i as u64) };
+    let options = |i: usize| match i % 3 {
+        0 => greedy(6 + i),
+        1 => warm(7, i as u64),
+        _ => cool(8, i as u64),
+    };
     prompts.into_iter().enumerate().map(|(i, prompt)| alone(engine, prompt, options(i))).collect()
 }
 
@@ -373,7 +383,7 @@ fn what_is_drafted_is_taken_back_unless_it_would_have_been_drawn() {
     for (where_, device) in devices() {
         for dir in fixtures() {
             let engine = engine(&dir, &device, 100);
-            let cases = [alone(&engine, prompt(1, 14), greedy(20)), alone(&engine, prompt(2, 30), warm(20, 3))];
+            let cases = [alone(&engine, prompt(1, 14), greedy(20)), alone(&engine, prompt(2, 30), cool(20, 3))];
             for page in [4, 16] {
                 let mut scheduler = scheduler(&engine, &SchedulerOptions { page, ..SchedulerOptions::default() });
                 let requests: Vec<Request> = cases.iter().map(|case| add(&mut scheduler, case)).collect();
@@ -410,17 +420,21 @@ fn sessions_that_draft_and_those_that_do_not_share_steps() {
             let cases = [
                 alone(&engine, words.clone(), greedy(30)),
                 alone(&engine, words, warm(30, 2)),
-                alone(&engine, prompt(1, 14), greedy(30)),
-                alone(&engine, prompt(2, 30), warm(24, 3)),
+                alone(&engine, prompt(1, 14), cool(30, 9)),
+                alone(&engine, prompt(2, 30), cool(24, 3)),
                 alone(&engine, prompt(5, 40), greedy(20)),
                 alone(&engine, prompt(6, 9), warm(20, 4)),
             ];
             for count in [Some(4), None] {
                 let mut scheduler = scheduler(&engine, &SchedulerOptions { page: 4, ..SchedulerOptions::default() });
                 let requests: Vec<Request> = cases.iter().map(|case| add(&mut scheduler, case)).collect();
-                let own = || Speculation::new(DraftModel::new(&engine, &engine).unwrap());
+                let own = |by: &Sampling| {
+                    Speculation::new(DraftModel::new(&engine, &engine).unwrap().with_sampling(by.clone()))
+                };
+                // One draws as the session does, one does not.
+                let owns = [own(&cases[2].options.sampling), own(&Sampling::greedy())];
                 let lookup = || Speculation::new(PromptLookup);
-                for (request, who) in requests.iter().zip([lookup(), lookup(), own(), own()]) {
+                for (request, who) in requests.iter().zip([lookup(), lookup()].into_iter().chain(owns)) {
                     let who = if let Some(count) = count { who.with_count(count).unwrap() } else { who };
                     scheduler.set_speculation(request, Some(who));
                 }
@@ -730,7 +744,11 @@ fn cancels_at_random(device: &Arc<dyn Device>, sessions: usize, wanted: usize) -
     while cancels < wanted {
         while requests.len() < sessions * 3 / 2 {
             let prompt = [&prompt(1, random.below(40))[..], &prompt(random.below(3), 1 + random.below(20))].concat();
-            let options = if random.below(3) == 0 { warm(30, 1) } else { greedy(1 + random.below(30)) };
+            let options = match random.below(4) {
+                0 => warm(30, 1),
+                1 => cool(30, 2),
+                _ => greedy(1 + random.below(30)),
+            };
             requests.push(scheduler.add(&prompt, &options).unwrap());
             let lookup = Speculation::new(PromptLookup).with_count(1 + random.below(9)).unwrap();
             scheduler.set_speculation(&requests[requests.len() - 1], Some(lookup).filter(|_| random.below(3) > 0));
@@ -810,7 +828,8 @@ fn a_step_that_fails_takes_back_what_was_proposed() {
         let failing = Arc::new(Changed::new(&device));
         let shared: Arc<dyn Device> = failing.clone();
         let engine = engine(&tiny(), &shared, 100);
-        let [first, second, third] = [1, 2, 3].map(|i| alone(&engine, prompt(i, 9 + i), greedy(20)));
+        let options = |i: usize| if i == 2 { cool(20, 5) } else { greedy(20) };
+        let [first, second, third] = [1, 2, 3].map(|i| alone(&engine, prompt(i, 9 + i), options(i)));
         // Over the drawn tokens and the proposals, or behind that, over a prompt.
         for run_that_fails in [1, 2] {
             let options = SchedulerOptions { sessions: 3, drafts: 3, page: 1, chunk: Some(32), ..Default::default() };

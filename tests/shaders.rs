@@ -1,7 +1,8 @@
 //! Every kernel with every slot filling: it composes, naga validates it, and it translates to SPIR-V, MSL and HLSL.
 //! Needs no GPU.
 
-use fourfold::ops::{KERNELS, Row, Step};
+use fourfold::ops::{KERNELS, Kept, Row, Step};
+use fourfold::sampler::Rule;
 use fourfold::shader::{self, Kernel, SHARED};
 use naga::back::{PipelineConstants, hlsl, msl, spv};
 use naga::valid::{Capabilities, ModuleInfo, ShaderStages, SubgroupOperationSet, ValidationFlags, Validator};
@@ -174,6 +175,29 @@ fn rust_and_wgsl_lay_out_structs_alike() {
     assert_eq!(members, [("expert", 0), ("count", 4), ("routes", 8)].map(|(name, at)| (name.to_owned(), at)));
     let op = fourfold::ops::Group { e: 1, a: 1, routes: 2 };
     assert_eq!(size, op.words() * 4);
+    let (members, size) = offsets(&kernel("draw"), "Rule");
+    let want = [
+        ("sharp", std::mem::offset_of!(Rule, sharp)),
+        ("top_k", std::mem::offset_of!(Rule, top_k)),
+        ("top_p", std::mem::offset_of!(Rule, top_p)),
+        ("far", std::mem::offset_of!(Rule, far)),
+        ("seed", std::mem::offset_of!(Rule, seed)),
+        ("stream", std::mem::offset_of!(Rule, stream)),
+    ];
+    assert_eq!(members, want.map(|(name, at)| (name.to_owned(), at)));
+    assert_eq!(size, size_of::<Rule>());
+    let (members, size) = offsets(&kernel("narrow"), "Kept");
+    let want = [
+        ("largest", std::mem::offset_of!(Kept, largest)),
+        ("stage", std::mem::offset_of!(Kept, stage)),
+        ("below", std::mem::offset_of!(Kept, below)),
+        ("id", std::mem::offset_of!(Kept, id)),
+        ("digits", std::mem::offset_of!(Kept, digits)),
+        ("pad", std::mem::offset_of!(Kept, pad)),
+        ("wanted", std::mem::offset_of!(Kept, wanted)),
+    ];
+    assert_eq!(members, want.map(|(name, at)| (name.to_owned(), at)));
+    assert_eq!(size, size_of::<Kept>());
     let (members, size) = offsets(&kernel("linear"), "Step");
     assert_eq!(members[0], ("tokens".to_owned(), std::mem::offset_of!(Step, tokens)));
     assert_eq!(size, size_of::<Step>());

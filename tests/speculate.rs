@@ -41,6 +41,11 @@ pub fn warm() -> Sampling {
     }
 }
 
+/// Everything that the device draws by.
+fn cool() -> Sampling {
+    Sampling { repetition_penalty: 1.0, ..warm() }
+}
+
 /// All that a reply shows and leaves.
 #[derive(Debug, Default, PartialEq)]
 struct Told {
@@ -151,7 +156,7 @@ fn hostile_drafts_change_nothing() {
         for &(name, chunk, counts) in cases {
             let engine = engine(name, &device, 200, chunk);
             let prompt = prompt(1, 37);
-            for sampling in [Sampling::greedy(), warm()] {
+            for sampling in [Sampling::greedy(), warm(), cool()] {
                 let options = options(28, sampling);
                 let (plain, _) = fresh(&engine, &prompt, &options, None);
                 assert_eq!(plain.logits.len(), 28);
@@ -194,7 +199,7 @@ fn a_wrong_token_that_is_kept_is_noticed() {
     for (where_, device) in devices() {
         let engine = engine("tiny", &device, 200, 16);
         let prompt = prompt(2, 37);
-        for sampling in [Sampling::greedy(), warm()] {
+        for sampling in [Sampling::greedy(), warm(), cool()] {
             let options = options(12, sampling);
             let (plain, _) = fresh(&engine, &prompt, &options, None);
             let speculation = || Speculation::new(knows(&plain, How::Mixed)).with_count(4).unwrap();
@@ -226,17 +231,19 @@ fn a_model_that_drafts_for_itself_is_always_right() {
                 check(&stats, where_);
             }
             // Warm as well, if it draws as the reply does.
-            let warm = options(50, warm());
-            let (plain, _) = fresh(&engine, &prompt, &warm, None);
-            let rate = |sampling| {
-                let draft = DraftModel::new(&engine, &engine).unwrap().with_sampling(sampling);
-                let speculation = Speculation::new(draft).with_count(5).unwrap();
-                let (got, stats) = fresh(&engine, &prompt, &warm, Some(speculation));
-                assert_eq!(plain.difference(&got), None, "on {where_}");
-                stats.drafts.rate()
-            };
-            assert_eq!(rate(warm.sampling.clone()), 1.0, "on {where_}");
-            assert!(rate(Sampling::greedy()) < 1.0 && rate(Sampling { seed: 6, ..warm.sampling.clone() }) < 1.0);
+            for warm in [warm(), cool()] {
+                let warm = options(50, warm);
+                let (plain, _) = fresh(&engine, &prompt, &warm, None);
+                let rate = |sampling| {
+                    let draft = DraftModel::new(&engine, &engine).unwrap().with_sampling(sampling);
+                    let speculation = Speculation::new(draft).with_count(5).unwrap();
+                    let (got, stats) = fresh(&engine, &prompt, &warm, Some(speculation));
+                    assert_eq!(plain.difference(&got), None, "on {where_}");
+                    stats.drafts.rate()
+                };
+                assert_eq!(rate(warm.sampling.clone()), 1.0, "on {where_}");
+                assert!(rate(Sampling::greedy()) < 1.0 && rate(Sampling { seed: 6, ..warm.sampling.clone() }) < 1.0);
+            }
         }
     }
 }
@@ -248,7 +255,7 @@ fn other_models_and_the_prompt_draft_too() {
         // What a small context cannot hold is not drafted.
         let other = self::engine("loud", &device, 70, 8);
         let words = [prompt(3, 12), prompt(3, 12), prompt(3, 9)].concat();
-        for sampling in [Sampling::greedy(), warm()] {
+        for sampling in [Sampling::greedy(), warm(), cool()] {
             let options = options(50, sampling);
             let (plain, _) = fresh(&engine, &words, &options, None);
             let own = Speculation::new(DraftModel::new(&engine, &engine).unwrap());
@@ -272,7 +279,7 @@ fn a_conversation_goes_on_as_if_there_had_been_no_drafts() {
         let (mut plain, mut drafted) = (engine.session().unwrap(), engine.session().unwrap());
         let mut text = prompt(1, 20);
         for turn in 0..4 {
-            let options = options(23, if turn % 2 == 0 { Sampling::greedy() } else { warm() });
+            let options = options(23, [Sampling::greedy(), warm(), cool()][turn % 3].clone());
             let (want, want_stats) = told(&mut plain, &text, &options, usize::MAX);
             let speculation = Speculation::new(knows(&want, How::Mixed)).with_count(7).unwrap();
             drafted.set_speculation(Some(speculation)).unwrap();
@@ -291,7 +298,7 @@ fn an_end_within_accepted_tokens_leaves_the_plain_session() {
         let engine = engine("tiny", &device, 60, 16);
         let prompt = prompt(1, 30);
         let all_right = |plain: &Told| Some(Speculation::new(knows(plain, How::Right)).with_count(8).unwrap());
-        for sampling in [Sampling::greedy(), warm()] {
+        for sampling in [Sampling::greedy(), warm(), cool()] {
             let (whole, _) = fresh(&engine, &prompt, &options(20, sampling.clone()), None);
             let same = |what: &str, options: ReplyOptions| {
                 let (plain, _) = fresh(&engine, &prompt, &options, None);
@@ -402,7 +409,7 @@ mod default_model {
     fn its_draft_drafts_and_changes_nothing() {
         let (engine, draft) = (built(Engine::builder()), built(Engine::builder().default_draft()));
         let prompt = engine.tokenizer().unwrap().encode("Once upon a time").unwrap();
-        for sampling in [Sampling::greedy(), warm()] {
+        for sampling in [Sampling::greedy(), warm(), cool()] {
             let options = options(24, sampling);
             let (plain, _) = fresh(&engine, &prompt, &options, None);
             let speculation = Speculation::new(DraftModel::new(&draft, &engine).unwrap()).with_count(3).unwrap();

@@ -3,6 +3,7 @@
 mod chart;
 
 use super::engine::EngineArgs;
+use super::run::Chances;
 use super::terminal::{self, Paint};
 use super::trace::note_fallback;
 use super::{Ending, Usage};
@@ -21,6 +22,7 @@ Examples:
   fourfold bench --depth 0,4096 --prefill 512,2048     other lengths
   fourfold bench --batch 1,8,32                        conversations that are stepped together
   fourfold bench --batch 8,32 --plain                  and what the scheduler costs them
+  fourfold bench --temperature 0.8 --top-p 0.95        drawn tokens instead of the likeliest ones
   fourfold bench --profile                             where the time of a step goes
   fourfold bench --kernel moe --tokens 1,8,64          the experts of one layer alone
   fourfold bench --chart bench.svg                     a picture of it
@@ -64,6 +66,8 @@ pub(super) struct Args {
     /// No progress bar and no notes: on stderr only errors
     #[arg(short, long)]
     quiet: bool,
+    #[command(flatten, next_help_heading = "Drawing tokens")]
+    chances: Chances,
     #[command(flatten)]
     engine: EngineArgs,
 }
@@ -141,6 +145,7 @@ pub(super) fn bench(args: &Args) -> anyhow::Result<Ending> {
     if args.kernel.is_none() && args.tokens.len() > 1 {
         return Err(Usage("--tokens: several numbers go with --kernel; decoding takes one".into()).into());
     }
+    args.chances.alone().validate()?;
     let device = args.engine.device()?;
     let deepest = args.depth.iter().max().map_or(0, |depth| depth + WARM + args.tokens[0] + 3);
     let longest = args.prefill.iter().copied().max().unwrap_or(0);
@@ -157,7 +162,10 @@ pub(super) fn bench(args: &Args) -> anyhow::Result<Ending> {
     // A device without a clock has no profile, and all else.
     let no_profile = bench::clock(engine.device()).err().filter(|_| args.profile).map(|e| e.to_string());
     for &rows in args.batch.iter().filter(|_| args.profile && no_profile.is_none()) {
-        profiles.push((rows, bench::profile(&engine, args.depth.first().copied().unwrap_or(0), rows, 9)?));
+        profiles.push((
+            rows,
+            bench::profile(&engine, &args.chances.alone(), args.depth.first().copied().unwrap_or(0), rows, 9)?,
+        ));
     }
     let read = ceiling.as_ref().ok().copied();
     if let Some(file) = &args.chart {
@@ -214,7 +222,7 @@ fn ceiling(device: &Arc<dyn Device>) -> fourfold::Result<f64> {
 /// Prompts and decoding.
 fn steps(args: &Args, engine: &fourfold::Engine) -> anyhow::Result<Measured> {
     let mut session = engine.session()?;
-    let count = args.tokens[0];
+    let (count, sampling) = (args.tokens[0], args.chances.alone());
     bench::keep_busy(&mut session)?;
     let ceiling = ceiling(engine.device());
     let mut figures = Vec::new();
@@ -226,21 +234,25 @@ fn steps(args: &Args, engine: &fourfold::Engine) -> anyhow::Result<Measured> {
     }
     for &depth in &args.depth {
         for &batch in &args.batch {
-            let beside = if batch == 1 { String::new() } else { format!(", {batch} at once") };
+            let mut beside = if batch == 1 { String::new() } else { format!(", {batch} at once") };
+            if sampling.temperature > 0.0 {
+                beside += &format!(", temperature {}", sampling.temperature);
+            }
             let mut add = |what: &str, how: &str, run: bench::Decode| {
-                let facts = json!({ "what": what, "depth": depth, "batch": batch });
+                let facts = json!({ "what": what, "depth": depth, "batch": batch, "temperature": sampling.temperature,
+                    "top_k": sampling.top_k, "top_p": sampling.top_p, "min_p": sampling.min_p });
                 let (what, bytes) = (format!("decode at {depth}{beside}{how}"), Some(run.bytes));
                 figures.push(Figure { what, facts, tokens: batch, seconds: run.seconds, bytes });
             };
             if batch == 1 {
-                add("decode", "", bench::decode(&mut session, depth, WARM, count)?);
+                add("decode", "", bench::decode(&mut session, &sampling, depth, WARM, count)?);
             }
             if batch > 1 || args.plain {
                 let (what, how) = if batch > 1 { ("decode", "") } else { ("scheduler", ", scheduler") };
-                add(what, how, bench::decode_batch(engine, batch, depth, WARM, count)?);
+                add(what, how, bench::decode_batch(engine, &sampling, batch, depth, WARM, count)?);
             }
             if args.plain {
-                add("plain", ", plain steps", bench::decode_plain(engine, batch, depth, WARM, count)?);
+                add("plain", ", plain steps", bench::decode_plain(engine, &sampling, batch, depth, WARM, count)?);
                 if let [.., scheduled, plain] = &mut figures[..] {
                     let share = scheduled.median() / plain.median();
                     plain.what += &format!(" (x {share:.3})");

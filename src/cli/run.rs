@@ -80,18 +80,8 @@ pub(super) struct Drawing {
     /// End the answer before this text; may be given several times
     #[arg(long, value_name = "TEXT")]
     stop: Vec<String>,
-    /// Logits are divided by it; 0 is --greedy [default: the checkpoint's, else 1]
-    #[arg(short, long, value_name = "T")]
-    temperature: Option<f32>,
-    /// Draw from the K likeliest tokens; 0 is off [default: the checkpoint's, else 0]
-    #[arg(long, value_name = "K")]
-    top_k: Option<usize>,
-    /// Draw from the likeliest tokens that together have probability P; 1 is off [default: the checkpoint's, else 1]
-    #[arg(long, value_name = "P")]
-    top_p: Option<f32>,
-    /// Draw from tokens at least P times as likely as the likeliest; 0 is off
-    #[arg(long, value_name = "P", default_value_t = 0.0)]
-    min_p: f32,
+    #[command(flatten)]
+    chances: Chances,
     /// Divide (or, below 0, multiply) the logits of tokens that occurred; 1 is off
     #[arg(long, value_name = "X", default_value_t = 1.0)]
     repetition_penalty: f32,
@@ -107,6 +97,37 @@ pub(super) struct Drawing {
     /// After a --raw text, list its tokens on stderr with log-probabilities, and the N likeliest in each place
     #[arg(long, value_name = "N", requires = "raw")]
     logprobs: Option<usize>,
+}
+
+/// Which tokens have a chance.
+#[derive(clap::Args)]
+pub(super) struct Chances {
+    /// Logits are divided by it; 0 is greedy [default: the checkpoint's, else 1; of bench 0]
+    #[arg(short, long, value_name = "T")]
+    temperature: Option<f32>,
+    /// Draw from the K likeliest tokens; 0 is off [default: the checkpoint's, else 0]
+    #[arg(long, value_name = "K")]
+    top_k: Option<usize>,
+    /// Draw from the likeliest tokens that together have probability P; 1 is off [default: the checkpoint's, else 1]
+    #[arg(long, value_name = "P")]
+    top_p: Option<f32>,
+    /// Draw from tokens at least P times as likely as the likeliest; 0 is off
+    #[arg(long, value_name = "P", default_value_t = 0.0)]
+    min_p: f32,
+}
+
+impl Chances {
+    /// The flags alone: where there are none, always the likeliest token.
+    pub(super) fn alone(&self) -> Sampling {
+        let any = self.top_k.is_some() || self.top_p.is_some() || self.min_p > 0.0;
+        Sampling {
+            temperature: self.temperature.unwrap_or(if any { 1.0 } else { 0.0 }),
+            top_k: self.top_k.unwrap_or(0),
+            top_p: self.top_p.unwrap_or(1.0),
+            min_p: self.min_p,
+            ..Sampling::default()
+        }
+    }
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -394,13 +415,13 @@ impl Drawing {
     /// The flags, and where they are silent, what the checkpoint recommends.
     fn sampling(&self, generation: &GenerationConfig, seed: u64) -> Sampling {
         let recommended = if generation.do_sample == Some(false) { Some(0.0) } else { generation.temperature };
-        let temperature = if self.greedy { 0.0 } else { self.temperature.or(recommended).unwrap_or(1.0) };
+        let temperature = if self.greedy { 0.0 } else { self.chances.temperature.or(recommended).unwrap_or(1.0) };
         Sampling {
             repetition_penalty: self.repetition_penalty,
             temperature,
-            top_k: self.top_k.or(generation.top_k).unwrap_or(0),
-            top_p: self.top_p.or(generation.top_p).unwrap_or(1.0),
-            min_p: self.min_p,
+            top_k: self.chances.top_k.or(generation.top_k).unwrap_or(0),
+            top_p: self.chances.top_p.or(generation.top_p).unwrap_or(1.0),
+            min_p: self.chances.min_p,
             seed,
             stream: self.stream,
             top_logprobs: self.logprobs.unwrap_or(0),

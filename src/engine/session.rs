@@ -5,9 +5,10 @@ use crate::decode::{Ahead, DecodePrograms};
 use crate::device::{self, Buffer, Device};
 use crate::error::{Error, Result};
 use crate::model::State;
-use crate::ops::{Activations, Row, STATS_WORDS, Step};
+use crate::ops::{Activations, Draws, Row, STATS_WORDS, Step};
 use crate::program::{Program, Slice, Stage};
 use crate::reply::{Reply, ReplyOptions};
+use crate::sampler::Rule;
 use crate::speculate::{MOST, Speculation};
 use crate::tokenizer::TokenId;
 use std::sync::Arc;
@@ -20,8 +21,9 @@ impl Engine {
         let role = self.prompt_role(self.context());
         let body = |tokens| edited(inner.model.body(tokens, role, edit.is_some(), &state), edit.as_ref());
         let programs = Programs { body: body(1).seal(), head: inner.model.head(1, &state).seal() };
-        let decode = inner.model.decode(1, 1, edit.is_some(), &state);
-        for program in [&programs.body, &programs.head, &body(inner.plan.chunk), &decode] {
+        let decode = inner.model.decode(1, 1, edit.is_some(), Draws::Likeliest, &state);
+        let draw = inner.model.draw(1, Draws::Rounds(3), &state); // every kernel that drawing has
+        for program in [&programs.body, &programs.head, &body(inner.plan.chunk), &decode, &draw] {
             inner.device.prepare(program)?;
         }
         let cancel = Arc::new(AtomicBool::new(false));
@@ -30,6 +32,7 @@ impl Engine {
             state,
             programs,
             decode: DecodePrograms::default(),
+            rule: Rule::default(),
             ahead: None,
             tokens: Vec::new(),
             written: 0,
@@ -71,6 +74,8 @@ pub struct Session {
     pub(crate) state: State,
     programs: Programs,
     decode: DecodePrograms,
+    /// How the device was told to draw.
+    pub(crate) rule: Rule,
     /// Tokens that are being drawn on the device.
     pub(crate) ahead: Option<Ahead>,
     pub(crate) tokens: Vec<TokenId>,
@@ -177,7 +182,7 @@ impl Session {
             // Steps over drafts have kernels of their own: ready now, no reply waits for them.
             let device = self.engine.device().clone();
             for rows in 2..=self.max_picks().min(1 + MOST) as u32 {
-                device.prepare(self.decode_program(rows, 1))?;
+                device.prepare(self.decode_program(rows, 1, Draws::Likeliest))?;
             }
         }
         Ok(())
@@ -447,21 +452,22 @@ impl Session {
     }
 
     /// The program of a decode step over `rows` rows that see `reach` positions at most.
-    pub(crate) fn decode_program(&mut self, rows: u32, reach: u32) -> &Program {
+    pub(crate) fn decode_program(&mut self, rows: u32, reach: u32, draws: Draws) -> &Program {
         let (model, state, edit) = (&self.engine.inner.model, &self.state, self.edit.as_ref());
-        self.decode.get(rows, reach, |reach| edited(model.decode(rows, reach, edit.is_some(), state), edit))
+        let record = |reach| edited(model.decode(rows, reach, edit.is_some(), draws, state), edit);
+        self.decode.get(rows, reach, draws, record)
     }
 
     /// Compute a decode step over at most `max_picks` tokens, which the conversation does not hold yet.
-    pub(crate) fn run_decode(&mut self, tokens: &[TokenId], watch: Option<&mut Watch<'_>>) -> Result<()> {
+    pub(crate) fn run_decode(&mut self, tokens: &[TokenId], draws: Draws, watch: Option<&mut Watch<'_>>) -> Result<()> {
         self.write_rows(tokens)?;
         let (first, count) = (self.tokens.len(), tokens.len());
         self.written = self.written.max(first + count);
         let (rows, reach, device) = (count as u32, (first + count) as u32, self.engine.inner.device.clone());
         match watch {
-            None => device.run(self.decode_program(rows, reach)),
+            None => device.run(self.decode_program(rows, reach, draws)),
             Some(watch) => {
-                let program = self.engine.inner.model.decode(rows, reach, true, &self.state);
+                let program = self.engine.inner.model.decode(rows, reach, true, draws, &self.state);
                 run_watched(&device, &edited(program, self.edit.as_ref()), watch, &mut self.stats)
             }
         }
@@ -475,7 +481,7 @@ impl Session {
         logits: &mut Vec<f32>,
         watch: Option<&mut Watch<'_>>,
     ) -> Result<()> {
-        self.run_decode(tokens, watch)?;
+        self.run_decode(tokens, Draws::Likeliest, watch)?;
         let (device, count) = (&self.engine.inner.device, tokens.len());
         let vocab = self.engine.config().vocab_size;
         let wanted = match want {

@@ -20,7 +20,7 @@ use crate::checkpoint::Checkpoint;
 use crate::config::{Config, Family, LayerType};
 use crate::device::{Buffer, Device};
 use crate::error::Result;
-use crate::ops::{Addend, Attention, KvCache, Projection, RmsNorm, Weight};
+use crate::ops::{Addend, Attention, Draws, KvCache, Projection, RmsNorm, Weight};
 use crate::program::{Program, Role, Slice};
 use load::{Inputs, Loader};
 use needs::Rehearsed;
@@ -134,11 +134,11 @@ impl Model {
         layers.fold(None, |addend, idx| Some(self.layers.block(p, idx, s, addend)))
     }
 
-    /// The step over `tokens` generated rows that see `reach` positions at most, the logits of all of them, and the
-    /// likeliest token of each, which becomes the row of the next step. Reads `rows` and `step` of the state.
-    pub fn decode(&self, tokens: u32, reach: u32, in_parts: bool, s: &State) -> Program {
+    /// The step over `tokens` generated rows that see `reach` positions at most, the logits of all of them, and a token
+    /// drawn from each, which becomes the row of the next step. Reads `rows`, `step` and `rules` of the state.
+    pub fn decode(&self, tokens: u32, reach: u32, in_parts: bool, draws: Draws, s: &State) -> Program {
         let mut p = Program::new(tokens, s.host).of(Role::Generated { reach }).in_parts(in_parts);
-        let (norm, vocab) = (norm(&self.config), self.config.vocab_size as u32);
+        let norm = norm(&self.config);
         p.embed(&self.embed, s.rows, s.x);
         p.stage(|| "embed".to_owned(), s.x, self.config.hidden_size);
         match self.layers(&mut p, s) {
@@ -154,14 +154,15 @@ impl Model {
             Some(head) => p.projection(s.step, head, s.h, s.logits),
         }
         p.stage(|| "logits".to_owned(), s.logits, self.config.vocab_size);
-        p.draw(vocab, s.logits, s.draw_parts, s.rows, s.drawn);
+        p.draw(self.config.vocab_size as u32, draws, &s.drawing, s.drawn);
         p
     }
 
-    /// The likeliest token of each of the `picks` logits of the last step, which becomes a row of the next step.
-    pub fn draw(&self, picks: u32, s: &State) -> Program {
+    /// A token drawn from each of the `picks` logits of the last step, which becomes a row of the next step. Reads `rows`: where
+    /// the tokens before stand.
+    pub fn draw(&self, picks: u32, draws: Draws, s: &State) -> Program {
         let mut p = Program::new(picks, s.host);
-        p.draw(self.config.vocab_size as u32, s.logits, s.draw_parts, s.rows, s.drawn);
+        p.draw(self.config.vocab_size as u32, draws, &s.drawing, s.drawn);
         p
     }
 

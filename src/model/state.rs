@@ -7,17 +7,20 @@ use crate::device::{Buffer, Device};
 use crate::error::{Error, Result};
 use crate::format::Format;
 use crate::ops::{
-    ActScale, Activations, Addend, CacheFormat, ChosenGroup, ExpertScales, Experts, Group, HeadNorm, Input,
-    InputScales, KvCache, MoeScatter, NormLinear, PARTS, Piece, Projection, RmsNorm, Rotated, Router, Routes, Routing,
-    Row, StageActivation, Staging, Step, Swiglu, Weight, segments_within, staged_words,
+    ActScale, Activations, Addend, CacheFormat, ChosenGroup, Drawing, Drawn, ExpertScales, Experts, Group, HeadNorm,
+    Input, InputScales, Kept, KvCache, MoeScatter, NormLinear, PARTS, Peak, Piece, Projection, RmsNorm, Rotated,
+    Router, Routes, Routing, Row, StageActivation, Staging, Step, Swiglu, Weight, segments_within, staged_words,
 };
 use crate::program::{HostStages, Program, Role, Slice};
+use crate::sampler::{POWERS, Rule};
 use std::sync::Arc;
 
 /// Positions of a page of a conversation's cache.
 const PAGE: u32 = 16;
 /// Bytes that the segments of attention may take, of as many rows at a time as fit.
 const SEGMENT_BYTES: u64 = 64 << 20;
+/// The same for the sums that tokens are drawn by.
+const SUM_BYTES: u64 = 16 << 20;
 
 /// Routes of a step, for each expert, from which tiles have four routes instead of two. Below half a route an expert routes
 /// go one by one: few would share weights.
@@ -126,7 +129,8 @@ pub struct State {
     pub logits: Slice,
     /// `[P]` of `ops::Drawn`.
     pub drawn: Slice,
-    pub(super) draw_parts: Slice,
+    /// What tokens are drawn from.
+    pub(super) drawing: Drawing,
     /// Most picks at once.
     pub max_picks: u32,
     /// The residual stream where a layer begins.
@@ -163,6 +167,8 @@ pub struct State {
     staging: Option<Staging>,
     /// Page tables of the layers that see everything, and of the sliding ones.
     tables: [Option<Buffer>; 2],
+    /// The powers that weights are made of, and the sequences' rules.
+    drawn_by: [Buffer; 2],
     buffers: Vec<Buffer>,
 }
 
@@ -246,14 +252,29 @@ impl State {
         // Of generated rows; a prompt's attention leaves no parts.
         let row_parts = h * u64::from(segments_within(plan.context).next_power_of_two()) * (dh + 4) * 4;
         let parts = (row_parts * u64::from(plan.generated()).max(t.min(8))).min(segment_bytes.max(row_parts));
+        let powers = Buffer::with_bytes(device, "powers of two", bytemuck::cast_slice(&POWERS))?;
+        let sequences = plan.paged.map_or(1, |paged| u64::from(paged.sequences));
+        let rules = Buffer::new(device, "rules of drawing", sequences * size_of::<Rule>() as u64)?;
+        let (rows, logits) = (new("rows", t * size_of::<Row>() as u64)?, new("logits", picks * vocab * 4)?);
+        let row_sums = Drawing::row_bytes(c.vocab_size as u32, device.limits().max_binding_bytes);
+        let sums = (picks * row_sums).min(SUM_BYTES.min(device.limits().max_binding_bytes).max(row_sums));
+        let drawing = Drawing {
+            logits,
+            powers: powers.slice(),
+            rules: rules.slice(),
+            rows,
+            parts: new("parts of drawn tokens", picks * u64::from(PARTS) * size_of::<Peak>() as u64)?,
+            kept: new("tokens that filters keep", picks * size_of::<Kept>() as u64)?,
+            sums: new("sums of weights", sums)?,
+        };
         Ok(Self {
-            rows: new("rows", t * size_of::<Row>() as u64)?,
+            rows,
             step: new("step", size_of::<Step>() as u64)?,
             picks: new("picks", picks * 4)?,
             head_step: new("head step", size_of::<Step>() as u64)?,
-            logits: new("logits", picks * vocab * 4)?,
-            drawn: new("drawn tokens", picks * 16)?,
-            draw_parts: new("parts of drawn tokens", picks * u64::from(PARTS) * 16)?,
+            logits,
+            drawn: new("drawn tokens", picks * size_of::<Drawn>() as u64)?,
+            drawing,
             max_picks: picks as u32,
             x: new("x", t * d * 4)?,
             mid: new("x after attention", t * d * 4)?,
@@ -279,13 +300,19 @@ impl State {
             activations: plan.activations,
             staging,
             tables,
+            drawn_by: [powers, rules],
             buffers,
         })
     }
 
-    /// Bytes of all buffers and page tables.
+    /// Bytes of all buffers, page tables and rules.
     pub fn bytes(&self) -> u64 {
-        self.buffers.iter().chain(self.tables.iter().flatten()).map(|b| b.slice().bytes).sum()
+        self.buffers.iter().chain(self.tables.iter().flatten()).chain(&self.drawn_by).map(|b| b.slice().bytes).sum()
+    }
+
+    /// Where the rules of the sequences stand, by which tokens are drawn. At first all of them draw the likeliest.
+    pub fn rules(&self) -> Slice {
+        self.drawing.rules
     }
 
     /// The page tables, `[S, places]`, of layers that see everything and of sliding ones, as far as there are such.

@@ -19,6 +19,7 @@ mod linear;
 mod moe_down;
 mod moe_scatter;
 mod moe_up;
+mod narrow;
 mod norm_linear;
 mod rms_norm;
 mod rope;
@@ -28,16 +29,17 @@ mod stats;
 mod stream;
 mod take;
 mod views;
+mod weigh;
 mod weight;
 
 pub use add::Add;
 pub use add_norm::{AddNorm, Addend};
 pub use amax::Amax;
 pub(crate) use argmax::PARTS;
-pub use argmax::{Argmax, Drawn};
+pub use argmax::{Argmax, Peak};
 pub(crate) use attention::segments_within;
 pub use attention::{Attention, AttentionMerge, Seen};
-pub use draw::Draw;
+pub use draw::{Draw, Drawing, Drawn, Draws};
 pub use embed::Embed;
 pub use glu::{Gate, Glu};
 pub use group::{ChosenGroup, Group, Routing};
@@ -48,6 +50,7 @@ pub use linear::{Linear, Piece, Projection};
 pub use moe_down::MoeDown;
 pub use moe_scatter::MoeScatter;
 pub use moe_up::{ExpertScales, Experts, GateUp, MoeUp, Swiglu};
+pub use narrow::Narrow;
 pub use norm_linear::NormLinear;
 pub use rms_norm::RmsNorm;
 pub use rope::{CacheFormat, KvCache, Rope, Rotated};
@@ -58,12 +61,13 @@ pub use stream::Stream;
 pub use take::Take;
 pub use views::Views;
 pub(crate) use views::is_written;
+pub use weigh::{Kept, Weigh};
 pub use weight::{Matrix, Part, Weight, WeightBytes};
 
 use crate::shader::Kernel;
 
 /// Every kernel there is.
-pub const KERNELS: [&Kernel; 27] = [
+pub const KERNELS: [&Kernel; 29] = [
     &add::KERNEL,
     &add_norm::KERNEL,
     &amax::KERNEL,
@@ -83,6 +87,7 @@ pub const KERNELS: [&Kernel; 27] = [
     &moe_scatter::KERNEL,
     &moe_up::KERNEL,
     &moe_up::MATRIX,
+    &narrow::KERNEL,
     &norm_linear::KERNEL,
     &rms_norm::KERNEL,
     &rope::KERNEL,
@@ -91,6 +96,7 @@ pub const KERNELS: [&Kernel; 27] = [
     &stats::KERNEL,
     &stream::KERNEL,
     &take::KERNEL,
+    &weigh::KERNEL,
 ];
 
 /// What a launch computes: an op with its constants.
@@ -113,6 +119,7 @@ pub enum Op {
     MoeDown(MoeDown),
     MoeScatter(MoeScatter),
     MoeUp(MoeUp),
+    Narrow(Narrow),
     NormLinear(NormLinear),
     RmsNorm(RmsNorm),
     Rope(Rope),
@@ -121,6 +128,7 @@ pub enum Op {
     Stats(Stats),
     Stream(Stream),
     Take(Take),
+    Weigh(Weigh),
 }
 
 impl Op {
@@ -133,7 +141,7 @@ impl Op {
             Op::Argmax(op) => op.twin(tokens, views),
             Op::Attention(op) => op.twin(tokens, views),
             Op::AttentionMerge(op) => op.twin(tokens, views),
-            Op::Draw(op) => op.twin(tokens, views),
+            Op::Draw(op) => op.twin(views),
             Op::Embed(op) => op.twin(tokens, views),
             Op::Glu(op) => op.twin(tokens, views),
             Op::Group(op) => op.twin(tokens, views),
@@ -143,6 +151,7 @@ impl Op {
             Op::MoeDown(op) => op.twin(tokens, views),
             Op::MoeScatter(op) => op.twin(tokens, views),
             Op::MoeUp(op) => op.twin(tokens, views),
+            Op::Narrow(op) => op.twin(views),
             Op::NormLinear(op) => op.twin(views),
             Op::RmsNorm(op) => op.twin(tokens, views),
             Op::Rope(op) => op.twin(tokens, views),
@@ -151,6 +160,7 @@ impl Op {
             Op::Stats(op) => op.twin(tokens, views),
             Op::Stream(op) => op.twin(tokens, views),
             Op::Take(op) => op.twin(tokens, views),
+            Op::Weigh(op) => op.twin(views),
         }
     }
 }

@@ -5,13 +5,22 @@ const MULTIPLIERS: [u32; 2] = [0xd251_1f53, 0xcd9e_8d57];
 const WEYL: [u32; 2] = [0x9e37_79b9, 0xbb67_ae85];
 const ROUNDS: usize = 10;
 
-/// A number in [0, 1), a multiple of 2^-53, for each seed, stream and position.
+/// 64 random bits for each seed, stream and position.
+pub(super) fn bits(seed: [u32; 2], stream: [u32; 2], position: u64) -> u64 {
+    let ([p0, p1], [s0, s1]) = (halves(position), stream);
+    let [low, high, ..] = philox([p0, p1, s0, s1], seed);
+    u64::from(high) << 32 | u64::from(low)
+}
+
+/// The low and the high half.
+pub(super) fn halves(v: u64) -> [u32; 2] {
+    [v as u32, (v >> 32) as u32]
+}
+
+/// A number in [0, 1), for tests.
+#[cfg(test)]
 pub(super) fn uniform(seed: u64, stream: u64, position: u64) -> f64 {
-    let halves = |v: u64| [v as u32, (v >> 32) as u32];
-    let ([p0, p1], [s0, s1]) = (halves(position), halves(stream));
-    let [low, high, ..] = philox([p0, p1, s0, s1], halves(seed));
-    let bits = u64::from(high) << 32 | u64::from(low);
-    (bits >> 11) as f64 / (1u64 << 53) as f64
+    (bits(halves(seed), halves(stream), position) >> 11) as f64 / (1u64 << 53) as f64
 }
 
 fn philox(mut counter: [u32; 4], mut key: [u32; 2]) -> [u32; 4] {

@@ -22,16 +22,6 @@ impl<'l> Ranked<'l> {
         Self { logits, maxima, keys: Vec::new(), least: f32::INFINITY, n_sorted: 0 }
     }
 
-    /// `[V]`, as they came.
-    pub fn logits(&self) -> &'l [f32] {
-        self.logits
-    }
-
-    /// The largest logit, NaN aside; minus infinity if there is none.
-    pub fn largest(&self) -> f32 {
-        largest_of(&self.maxima)
-    }
-
     /// The logit and id at a rank.
     pub fn get(&mut self, rank: usize) -> (f32, u32) {
         if rank >= self.n_sorted {
@@ -80,8 +70,8 @@ fn key(logit: f32, id: u32) -> u64 {
     u64::from(falling) << 32 | u64::from(id)
 }
 
-/// In lanes, for vector instructions.
-fn largest_of(logits: &[f32]) -> f32 {
+/// The largest logit, NaN aside; minus infinity if there is none. In lanes, for vector instructions.
+pub(super) fn largest_of(logits: &[f32]) -> f32 {
     let larger = |a: f32, b: f32| if b > a { b } else { a };
     let mut lanes = [f32::NEG_INFINITY; 16];
     let (rows, rest) = logits.as_chunks::<16>();
@@ -109,7 +99,7 @@ mod tests {
     fn check(logits: &[f32], what: &str) {
         let want = sorted(logits);
         let n = logits.len();
-        assert_eq!(Ranked::new(logits).largest(), want[0].0, "{what}");
+        assert_eq!(largest_of(logits), want[0].0, "{what}");
         // From the front, from the back, and at places in between, each time anew.
         let walk = |ranks: &mut dyn Iterator<Item = usize>| {
             let mut ranked = Ranked::new(logits);

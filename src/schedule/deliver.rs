@@ -47,7 +47,7 @@ impl Scheduler {
                 let logits = logits.as_ref().filter(|_| feed.logits);
                 let logits = logits.map(|bytes| &bytes[row * row_bytes..(row + 1) * row_bytes]);
                 let hash = logits.filter(|_| self.hashing).map(hash_bytes);
-                let chosen = match logits.filter(|_| !task.output.greedy()) {
+                let chosen = match logits.filter(|_| !task.output.on_device()) {
                     Some(bytes) => chosen.remove(&row).unwrap_or_else(|| task.output.sample(&floats(bytes))),
                     None => choice(&drawn[row]),
                 };
@@ -83,7 +83,7 @@ impl Scheduler {
         let mut candidates = Vec::new();
         for (feed, place) in feeds.iter().zip(places).filter(|(feed, _)| feed.draws && feed.logits) {
             let Some(task) = self.index(feed.id).map(|at| &self.running[at].task) else { continue };
-            if task.output.greedy() {
+            if task.output.on_device() {
                 continue;
             }
             let proposal = task.rows.as_ref().map_or(&[][..], |rows| &rows.tokens()[1..]);

@@ -46,9 +46,11 @@ impl DraftModel {
     }
 
     /// Draw proposals as the reply's own tokens are drawn: by its options and the random number of each place, so that a model
-    /// that drafts for itself is right at any temperature. It reads the logits of every token that it proposes.
+    /// that drafts for itself is right at any temperature. With a repetition penalty it reads the logits of every token that it
+    /// proposes.
     pub fn with_sampling(self, sampling: Sampling) -> Self {
-        Self { sampling, ..self }
+        // Nobody sees lists of its tokens.
+        Self { sampling: Sampling { top_logprobs: 0, ..sampling }, ..self }
     }
 }
 
@@ -71,12 +73,11 @@ impl Drafter for DraftModel {
         }
         let last = drawn.len().saturating_sub(session.max_picks());
         session.feed_drawn(&drawn[..last], Want::Nothing)?;
-        let greedy = self.sampling.temperature == 0.0 && self.sampling.repetition_penalty == 1.0;
-        let verified = session.verify(&drawn[last..], greedy)?;
+        let verified = session.verify(&drawn[last..], &self.sampling)?;
         drawn[last..].iter().for_each(|&id| session.hold(id));
         let (row, vocab) = (drawn.len() - last - 1, session.engine().config().vocab_size);
         let mut proposal = vec![verified.choose(row, vocab, &self.sampling, history)?.id];
-        if !greedy {
+        if !self.sampling.on_device() {
             let mut text = history.to_vec();
             while proposal.len() < most {
                 let token = proposal[proposal.len() - 1];
@@ -87,7 +88,7 @@ impl Drafter for DraftModel {
             return Ok(proposal);
         }
         if most > 1 {
-            session.draw_after(proposal[0])?;
+            session.draw_after(proposal[0], &self.sampling)?;
         }
         while proposal.len() < most {
             proposal.push(session.draw(most - proposal.len() - 1)?.id);

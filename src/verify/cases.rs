@@ -8,10 +8,12 @@ use super::kernels::ROWS;
 use crate::error::Result;
 use crate::format::Format;
 use crate::ops::{
-    ActScale, Addend, Amax, Attention, CacheFormat, Gate, Glu, HeadNorm, Input, InputScales, KvCache, PARTS, Piece,
-    Projection, RmsNorm, Rotated, Routes, Row, STATS_WORDS, StageActivation, Staging, Stream, staged_words,
+    ActScale, Addend, Amax, Attention, CacheFormat, Drawing, Draws, Gate, Glu, HeadNorm, Input, InputScales, KvCache,
+    PARTS, Piece, Projection, RmsNorm, Rotated, Routes, Row, STATS_WORDS, StageActivation, Staging, Stream,
+    staged_words,
 };
 use crate::program::{HostStages, Program, Role, Slice};
+use crate::sampler::{POWERS, Rule, Sampling};
 use crate::trace::record::stats_program;
 use experts::{chosen_group, group, moe, moe_by_matrix, moe_scatter, router};
 
@@ -134,7 +136,7 @@ pub(super) fn cases(matrix: bool) -> Vec<(&'static str, Vec<Case>)> {
         ),
         ("add", vec![add()]),
         ("take", vec![take()]),
-        ("argmax and draw", vec![draw()]),
+        ("argmax, weigh, narrow, draw", [Draws::Likeliest, Draws::Rounds(0), Draws::Rounds(6)].map(draw).into()),
         ("stats", [false, true].map(stats).into()),
         ("stream", vec![stream()]),
     ];
@@ -569,20 +571,50 @@ fn take() -> Case {
     })
 }
 
-fn draw() -> Case {
+/// Rules of every kind, by turns; of ties and of tokens that cannot be.
+fn draw(how: Draws) -> Case {
     let v = 1000;
-    case("draw", sum_of(v), move |b, which| {
+    case(format!("{how:?}"), sum_of(v), move |b, which| {
         let mut logits = Random(v as u64).f32s(ROWS * v);
         // Equal ones, in one part and in another: the lowest id is taken.
-        logits.chunks_exact_mut(v).for_each(|row| [v / 3, v / 3 + 1, v - 1].into_iter().for_each(|i| row[i] = 9.0));
+        logits.chunks_exact_mut(v).for_each(|row| {
+            [v / 3, v / 3 + 1, v - 1].into_iter().for_each(|i| row[i] = 2.5);
+            row[v / 2] = f32::NEG_INFINITY;
+        });
+        let rule = |i: usize| match how {
+            Draws::Likeliest => Rule::default(),
+            Draws::Rounds(rounds) => Rule::new(&Sampling {
+                temperature: [0.0, 0.7, 1.0, 1.4, 0.05][i % 5],
+                top_k: if rounds > 3 { [0, 0, 1, 40, 2000][i / 2 % 5] } else { 0 },
+                top_p: if rounds > 0 { [1.0, 0.9, 0.3][i / 3 % 3] } else { 1.0 },
+                min_p: [0.0, 0.05][i / 4 % 2],
+                seed: 3,
+                stream: i as u64,
+                ..Sampling::default()
+            }),
+        };
         let row = |i: &usize| Row { token: 7, sequence: *i as u32 + 1, position: 10 * *i as u32, pad: 0 };
         let places: Vec<Row> = which.iter().map(row).collect();
-        let (logits, rows) = (b.input(&pick(&logits, v, which))?, b.guarded(bytemuck::cast_slice(&places))?);
-        let (parts, drawn) = (b.output(which.len() * PARTS as usize * 4)?, b.output(which.len() * 4)?);
+        let rows = b.guarded(bytemuck::cast_slice(&places))?;
+        let drawn = b.output(which.len() * 4)?;
+        let from = Drawing {
+            logits: b.input(&pick(&logits, v, which))?,
+            powers: b.input(&POWERS)?,
+            rules: b.input(&(0..ROWS + 1).map(rule).collect::<Vec<_>>())?,
+            rows,
+            parts: b.output(which.len() * PARTS as usize * 4)?,
+            kept: b.output(which.len() * 8)?,
+            // Of so many rows at a time.
+            sums: b.output(24 * Drawing::row_bytes(v as u32, u64::MAX) as usize / 4)?,
+        };
         let mut p = program(which.len());
-        p.draw(v as u32, logits, parts, rows, drawn);
-        // Id, logit, sum, bad.
-        Ok((p, vec![Output { record: 4, near: &[2], ..Output::near(drawn, 4) }, Output::exact(rows, 4)]))
+        p.draw(v as u32, how, &from, drawn);
+        // Id, logit less the largest, sum, bad.
+        let mut outputs = vec![Output { record: 4, near: &[2], ..Output::near(drawn, 4) }, Output::exact(rows, 4)];
+        if how != Draws::Likeliest {
+            outputs.push(Output::exact(from.kept, 8));
+        }
+        Ok((p, outputs))
     })
 }
 

@@ -2,17 +2,42 @@
 
 use super::{EPS, check, output_of, program};
 use crate::harness::{Bench, Random, cpu, gpus, sum_tolerance};
-use fourfold::ops::{Add, Addend, Drawn, MoeScatter, Op, RmsNorm, Routes, Row};
+use fourfold::ops::{Add, Addend, Drawing, Drawn, Draws, MoeScatter, Op, RmsNorm, Routes, Row};
 use fourfold::program::{Program, Slice};
+use fourfold::sampler::{POWERS, Rule};
 
-fn draw_case(b: &mut Bench, logits: &[f32], t: usize) -> (Program, Vec<Slice>) {
+/// Rows of sequences 1 to T at positions 0, 10, 20 and so on; `rules` are those of sequence 0 and on. Outputs: what was drawn, and
+/// the rows.
+pub fn draw_case(
+    b: &mut Bench,
+    logits: &[f32],
+    t: usize,
+    rules: &[Rule],
+    how: Draws,
+    sums: usize,
+) -> (Program, Vec<Slice>) {
     let v = logits.len() / t;
     let rows: Vec<Row> = (0..t as u32).map(|i| Row { token: 7, sequence: i + 1, position: 10 * i, pad: 0 }).collect();
-    let (logits, rows) = (b.input(logits), b.guarded(bytemuck::cast_slice(&rows)));
-    let (parts, drawn) = (b.output(t * 64 * 4), b.output(t * 4));
+    let (drawn, rows) = (b.output(t * 4), b.guarded(bytemuck::cast_slice(&rows)));
+    let from = Drawing {
+        logits: b.input(logits),
+        powers: b.input(&POWERS),
+        rules: b.input(rules),
+        rows,
+        parts: b.output(t * 64 * 4),
+        kept: b.output(t * 8),
+        sums: b.output(sums / 4),
+    };
     let mut p = program(t);
-    p.draw(v as u32, logits, parts, rows, drawn);
-    (p, vec![drawn, rows])
+    p.draw(v as u32, how, &from, drawn);
+    (p, vec![drawn, rows, from.kept])
+}
+
+/// The likeliest token of each row.
+fn likeliest_case(b: &mut Bench, logits: &[f32], t: usize) -> (Program, Vec<Slice>) {
+    let (p, mut outputs) = draw_case(b, logits, t, &vec![Rule::default(); t + 1], Draws::Likeliest, 2048);
+    outputs.truncate(2);
+    (p, outputs)
 }
 
 #[test]
@@ -47,7 +72,7 @@ fn the_likeliest_token_is_drawn_and_becomes_the_next_row() {
 
 fn output_of_all(device: &std::sync::Arc<dyn fourfold::device::Device>, logits: &[f32], t: usize) -> Vec<Vec<u32>> {
     let mut b = Bench::new(device);
-    let (p, outputs) = draw_case(&mut b, logits, t);
+    let (p, outputs) = likeliest_case(&mut b, logits, t);
     b.run(&p, &outputs)
 }
 
@@ -57,11 +82,11 @@ fn logits_that_are_no_numbers_are_told() {
         for bad in [f32::NAN, f32::INFINITY] {
             let mut logits = vec![0.5; 3000];
             logits[1234] = bad;
-            let words = output_of(device, |b| draw_case(b, &logits, 3));
+            let words = output_of(device, |b| likeliest_case(b, &logits, 3));
             let drawn: &[Drawn] = bytemuck::cast_slice(&words);
             assert_eq!([0, 1, 2].map(|t| drawn[t].bad), [0, 1, 0]);
         }
-        let words = output_of(device, |b| draw_case(b, &[f32::NEG_INFINITY; 200], 1));
+        let words = output_of(device, |b| likeliest_case(b, &[f32::NEG_INFINITY; 200], 1));
         let drawn: Drawn = bytemuck::pod_read_unaligned(bytemuck::cast_slice(&words));
         assert!(drawn.bad == 0 && drawn.sum == 0.0, "{drawn:?}");
     }

@@ -6,7 +6,7 @@ use crate::engine::{Engine, Session, Want, write_rows};
 use crate::error::{Error, Result};
 use crate::model::Plan;
 use crate::ops::{ChosenGroup, Draws, Op, Row, Stream};
-use crate::program::{HostStages, Program, Role};
+use crate::program::{HostStages, Launch, Program, Role};
 use crate::reply::ReplyOptions;
 use crate::sampler::Sampling;
 use crate::schedule::{Request, Scheduler, SchedulerOptions};
@@ -197,7 +197,7 @@ pub fn decode_plain(
     Ok(Decode { depth, seconds, bytes })
 }
 
-/// One layer's experts measured: router, experts and weighted sum.
+/// One layer's experts measured: their choice by given scores, their matrices, and the weighted sum.
 #[derive(Clone, Debug)]
 pub struct Moe {
     /// Tokens of the step.
@@ -211,7 +211,8 @@ pub struct Moe {
 }
 
 /// The experts of every layer, one layer behind the other so that no weights are in the device's caches, each over random
-/// rows of its own: by the kernels of decoding, or by a prompt's.
+/// rows of its own: by the kernels of decoding, or by a prompt's. The router's scores are there before, as other libraries have it
+/// that are measured so.
 ///
 /// # Errors
 /// Where the model has no experts, and where so many rows are no step.
@@ -231,20 +232,31 @@ pub fn moe(engine: &Engine, rows: usize, prompt: bool, rounds: usize) -> Result<
     for round in 0..(512 / rows).clamp(1, 4) {
         for idx in 0..config.num_hidden_layers {
             let name = |stage: &str| format!("layers.{idx}.{stage}");
-            let Some(launches) = step.between(&name("mlp_norm"), &name("mlp.out")) else { continue };
-            let chosen = step.stages.iter().find(|stage| stage.name == name("mlp.router.experts"));
-            let (Some(chosen), Some(norm)) = (chosen, step.stages.iter().find(|s| s.name == name("mlp_norm"))) else {
-                continue; // a dense layer
-            };
+            let stage = |what: &str| step.stages.iter().find(|stage| stage.name == name(what));
+            let parts = (stage("mlp_norm"), stage("mlp.router.logits"), stage("mlp.router.experts"));
+            let (Some(norm), Some(logits), Some(chosen)) = parts else { continue }; // a dense layer
+            let launches = |from, to| step.between(&name(from), &name(to)).expect("they are there");
+            let (router, launches) =
+                (launches("mlp_norm", "mlp.router.logits"), launches("mlp.router.logits", "mlp.out"));
+            let scores = Buffer::new(device, "scores of a layer", (rows * config.num_local_experts * 4) as u64)?;
             let values = noise(rows * config.hidden_size, (round * config.num_hidden_layers + idx) as u64);
             let input = Buffer::with_bytes(device, "rows of a layer", bytemuck::cast_slice(&values))?;
-            let mut layer = Program::new(rows as u32, engine.plan().host);
-            for mut launch in ChosenGroup::join(launches) {
-                for arg in launch.args.iter_mut().filter(|arg| arg.slice.buffer == norm.slice.buffer) {
-                    arg.slice = input.slice();
+            let own = |launches: &[Launch]| {
+                let mut program = Program::new(rows as u32, engine.plan().host);
+                for mut launch in launches.iter().cloned() {
+                    for arg in &mut launch.args {
+                        match arg.slice.buffer {
+                            buffer if buffer == norm.slice.buffer => arg.slice = input.slice(),
+                            buffer if buffer == logits.slice.buffer => arg.slice = scores.slice(),
+                            _ => {}
+                        }
+                    }
+                    program.push(launch);
                 }
-                layer.push(launch);
-            }
+                program
+            };
+            let layer = own(&ChosenGroup::join(launches));
+            device.run(&own(router))?;
             device.run(&layer)?;
             let mut words = vec![0u32; chosen.slice.bytes as usize / 4];
             device.read(chosen.slice, bytemuck::cast_slice_mut(&mut words))?;
@@ -257,7 +269,7 @@ pub fn moe(engine: &Engine, rows: usize, prompt: bool, rounds: usize) -> Result<
             experts += words.len();
             layers += 1;
             all.launches.extend(layer.launches);
-            inputs.push(input);
+            inputs.extend([input, scores]);
         }
     }
     if layers == 0 {

@@ -452,12 +452,16 @@ fn whoever_drafts_replies_are_those_of_plain_decoding() {
             };
             texts.iter().cloned().zip((0..).map(options)).collect()
         };
-        for (what, sampling) in [("greedy", Sampling::greedy()), ("at temperature 0.8", speculate::warm())] {
+        for (what, sampling) in [
+            ("greedy", Sampling::greedy()),
+            ("at temperature 0.8", speculate::cool()),
+            ("at temperature 0.8 with a penalty", speculate::warm()),
+        ] {
             let mut asked = ask(&sampling);
             let mut plain = replies(&engine, &draft, &asked, Who::Nobody, &[]);
-            if what == "greedy" {
-                // The host read logits for the second likeliest; without them, tokens are found on the device.
-                asked.iter_mut().for_each(|(_, options)| options.sampling = Sampling::greedy());
+            if sampling.repetition_penalty == 1.0 {
+                // The host read logits for the second likeliest; without them, tokens are drawn on the device.
+                asked.iter_mut().for_each(|(_, options)| options.sampling.top_logprobs = 0);
                 let on_device = replies(&engine, &draft, &asked, Who::Nobody, &[]);
                 for (case, mut seen) in plain.cases.iter_mut().zip(on_device.cases) {
                     assert_eq!((&case.tokens, &case.hashes), (&seen.tokens, &seen.hashes), "on {where_}");

@@ -42,7 +42,7 @@ pub fn warm() -> Sampling {
 }
 
 /// Everything that the device draws by.
-fn cool() -> Sampling {
+pub fn cool() -> Sampling {
     Sampling { repetition_penalty: 1.0, ..warm() }
 }
 

@@ -45,7 +45,7 @@ pub(super) struct Args {
     /// Tokens to decode in each case, after eight that are not counted; with --kernel: rows of a step, several with commas
     #[arg(long, value_name = "N,...", value_delimiter = ',', default_value = "64", value_parser = at_least_one)]
     tokens: Vec<usize>,
-    /// Measure this alone; moe: the router, experts and weighted sum of a layer, one layer after the other
+    /// Measure this alone; moe: a layer's experts, from the choice by given scores to the weighted sum, one layer after the other
     #[arg(long, value_name = "KERNEL", conflicts_with_all = ["prefill", "depth", "batch"])]
     kernel: Option<Kernel>,
     /// With --kernel: the kernels of decoding, or those of prompts

@@ -231,7 +231,8 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
                 workgroupBarrier(); // these values are there
                 v0 = value_at(k + at_once, lane, quads);
                 v1 = value_at(k + at_once, lane + WG, quads);
-                if atomicLoad(&strange) == 0u {
+                let any_strange = atomicLoad(&strange);
+                if any_strange == 0u {
                     for (var j = 0u; j < many; j++) {
                         let w = weights[(k + j) * ROW + four];
                         for (var i = 0u; i < (quads + 7u) / 8u; i++) {

@@ -56,6 +56,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         shares[lane] = select(share, 0.0, found[lane].z == 0u);
     }
     var id = best.x;
+    var logit = bitcast<f32>(best.y);
     let next = rows[t];
     if SAMPLED {
         let rule = rules[next.sequence];
@@ -69,6 +70,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         find_token(lane, group.x, rule, known, place, 16u, t);
         if place < WG {
             id = token;
+            logit = bitcast<f32>(logits[t * V + id]);
         }
     }
     workgroupBarrier(); // all shares of the sum are there, and all lanes know the row
@@ -79,7 +81,6 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
             sum += shares[p];
             seen |= found[p].w;
         }
-        let logit = select(bitcast<f32>(logits[t * V + id]), bitcast<f32>(best.y), id == best.x);
         drawn[t] = vec4<u32>(id, bitcast<u32>(logit - bitcast<f32>(best.y)), bitcast<u32>(sum), seen);
         rows[t].token = id;
         rows[t].position += 1u;

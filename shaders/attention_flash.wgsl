@@ -17,8 +17,8 @@
 // twin      src/ops/attention.rs
 //
 // A line is a head of a row. Keys come in tiles of 32 counted from position 0, so what a line adds up, and in which order,
-// follows from its position alone: a key that it does not see weighs nothing, and a tile of such keys changes nothing. A lane
-// scores four lines with four keys of a tile, then adds up the values of four lines in every eighth quad. Rows of several
+// follows from its position alone: a key that it does not see weighs nothing, and a tile of such keys changes nothing (a sum of -0
+// would become 0: there is none but where all that a line saw is below e^-87 of a later key). A lane scores four lines with four keys of a tile, then adds up the values of four lines in every eighth quad. Rows of several
 // sequences take turns (runs).
 #import step
 #import row
@@ -76,9 +76,9 @@ struct Brought {
     d: vec4<f32>,
 }
 
-// Quad `quad` of the queries or keys that begin at these places; zeros past a head's end.
-fn bring(keys_wanted: bool, at: vec4<u32>, quad: u32) -> Brought {
-    if quad >= DH / 4u {
+// Quad `quad` of the queries or keys that begin at these places; zeros past a head's end, and for lanes that bring none.
+fn bring(idle: bool, keys_wanted: bool, at: vec4<u32>, quad: u32) -> Brought {
+    if idle || quad >= DH / 4u {
         return Brought();
     }
     if keys_wanted {
@@ -110,6 +110,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     let fours = select(ROW, KEYS / 4u, brings_keys);
     let place = lane % LINES % fours;
     let dq = lane % LINES / fours;
+    let idle = dq >= ELEMENTS / 4u;
     let stage_at = select(0u, STAGED_KEYS, brings_keys) + dq * 4u * fours + place;
     var at: vec4<u32>; // of queries; of keys it follows the tile
     for (var i = 0u; i < 4u; i++) {
@@ -165,16 +166,16 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
             var s1 = vec4<f32>(0.0);
             var s2 = vec4<f32>(0.0);
             var s3 = vec4<f32>(0.0);
-            var brought = bring(brings_keys, at, dq);
+            var brought = bring(idle, brings_keys, at, dq);
             for (var d = 0u; d < DH; d += ELEMENTS) {
-                if dq < 4u {
+                if !idle {
                     staged[stage_at] = vec4<f32>(brought.a.x, brought.b.x, brought.c.x, brought.d.x);
                     staged[stage_at + fours] = vec4<f32>(brought.a.y, brought.b.y, brought.c.y, brought.d.y);
                     staged[stage_at + 2u * fours] = vec4<f32>(brought.a.z, brought.b.z, brought.c.z, brought.d.z);
                     staged[stage_at + 3u * fours] = vec4<f32>(brought.a.w, brought.b.w, brought.c.w, brought.d.w);
                 }
                 workgroupBarrier(); // these elements are there
-                brought = bring(brings_keys, at, (d + ELEMENTS) / 4u + dq);
+                brought = bring(idle, brings_keys, at, (d + ELEMENTS) / 4u + dq);
                 for (var i = 0u; i < ELEMENTS; i++) {
                     let q = staged[i * ROW + four];
                     let k = staged[STAGED_KEYS + i * (KEYS / 4u) + eighth];
@@ -243,16 +244,16 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
                             sums[i * 4u + 3u] = fma(vec4<f32>(w.w), v, sums[i * 4u + 3u]);
                         }
                     }
-                    continue;
-                }
-                for (var j = 0u; j < many; j++) {
-                    let w = weights[(k + j) * ROW + four];
-                    for (var i = 0u; i < (quads + 7u) / 8u; i++) {
-                        let v = staged[j * quads + min(eighth + i * 8u, quads - 1u)];
-                        sums[i * 4u] = careful_fma(w.x, v, sums[i * 4u]);
-                        sums[i * 4u + 1u] = careful_fma(w.y, v, sums[i * 4u + 1u]);
-                        sums[i * 4u + 2u] = careful_fma(w.z, v, sums[i * 4u + 2u]);
-                        sums[i * 4u + 3u] = careful_fma(w.w, v, sums[i * 4u + 3u]);
+                } else {
+                    for (var j = 0u; j < many; j++) {
+                        let w = weights[(k + j) * ROW + four];
+                        for (var i = 0u; i < (quads + 7u) / 8u; i++) {
+                            let v = staged[j * quads + min(eighth + i * 8u, quads - 1u)];
+                            sums[i * 4u] = careful_fma(w.x, v, sums[i * 4u]);
+                            sums[i * 4u + 1u] = careful_fma(w.y, v, sums[i * 4u + 1u]);
+                            sums[i * 4u + 2u] = careful_fma(w.z, v, sums[i * 4u + 2u]);
+                            sums[i * 4u + 3u] = careful_fma(w.w, v, sums[i * 4u + 3u]);
+                        }
                     }
                 }
             }

@@ -20,8 +20,6 @@
 #import given
 const WG = 256u;
 const EXPERTS = 4u;
-// Numbers that are read at once.
-const BATCH = 8u;
 @group(0) @binding(2) var<storage, read_write> tiles: array<Tile>;
 
 var<workgroup> places: array<u32, 1024>; // [E, spans]: how many routes there are, then where the next one goes
@@ -87,15 +85,10 @@ fn main(@builtin(local_invocation_index) lane: u32) {
     workgroupBarrier(); // all spans are counted
     for (var e = lane; e < E; e += WG) {
         var total = 0u;
-        for (var s = 0u; s < spans(); s += BATCH) {
-            var here: array<u32, BATCH>;
-            for (var i = 0u; i < BATCH; i++) {
-                here[i] = places[e * spans() + min(s + i, spans() - 1u)];
-            }
-            for (var i = 0u; i < BATCH && s + i < spans(); i++) {
-                places[e * spans() + s + i] = total;
-                total += here[i];
-            }
+        for (var s = 0u; s < spans(); s++) {
+            let routes_here = places[e * spans() + s];
+            places[e * spans() + s] = total;
+            total += routes_here;
         }
         heads[e] = total;
     }
@@ -103,10 +96,8 @@ fn main(@builtin(local_invocation_index) lane: u32) {
     var firsts: array<u32, 4>; // 1024 / WG
     for (var e = lane; e < E; e += WG) {
         var first = 0u;
-        for (var other = 0u; other < e; other += BATCH) {
-            for (var i = 0u; i < BATCH; i++) {
-                first += select(0u, tiles_for(total_of(min(other + i, e))), other + i < e);
-            }
+        for (var other = 0u; other < e; other++) {
+            first += tiles_for(total_of(other));
         }
         firsts[e / WG] = first;
     }

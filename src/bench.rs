@@ -255,7 +255,8 @@ pub fn moe(engine: &Engine, rows: usize, prompt: bool, rounds: usize) -> Result<
                 }
                 program
             };
-            let layer = own(&ChosenGroup::join(launches));
+            let together = if engine.plan().host.routing { launches.to_vec() } else { ChosenGroup::join(launches) };
+            let layer = own(&together);
             device.run(&own(router))?;
             device.run(&layer)?;
             let mut words = vec![0u32; chosen.slice.bytes as usize / 4];

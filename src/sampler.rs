@@ -111,7 +111,7 @@ pub struct Choice {
 /// (prompt and answer; ids of V and above are ignored). `position` makes each draw of a conversation a new one.
 ///
 /// A token has a weight in whole numbers: 2^31 for the likeliest, half as much for each octave that it lies below it, counted in steps
-/// of 2^-19 octaves; 32 octaves below it and further it is never drawn. Tokens stand in line by their steps, of equals the lowest id
+/// of 2^-19 octaves; more than 31 octaves below it has none, and is never drawn. Tokens stand in line by their steps, of equals the lowest id
 /// first: top-k keeps the front of that line, and top-p what comes before the place where the weights reach its share of all.
 /// The random number picks along what is left, by eighths of an octave and within one by id (inverse CDF). Sums of whole numbers
 /// follow no order, so the same logits give the same token on every machine, and on a device ([`Rule`]).

@@ -209,7 +209,8 @@ impl Scheduler {
             &model.body(plan.chunk, engine.prompt_role(plan.context as usize), false, &state),
             &model.head(1, &state),
             &model.decode(options.sessions as u32, 1, false, Draws::Likeliest, &state),
-            &model.draw(1, Draws::Rounds(3), &state), // every kernel that drawing has
+            // Every kernel that drawing has, for as many rows at once as there may be.
+            &model.draw(state.max_picks.min((options.sessions + options.drafts) as u32), Draws::Rounds(3), &state),
         ] {
             device.prepare(program)?;
         }

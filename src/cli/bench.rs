@@ -46,7 +46,7 @@ pub(super) struct Args {
     #[arg(long, value_name = "N,...", value_delimiter = ',', default_value = "64", value_parser = at_least_one)]
     tokens: Vec<usize>,
     /// Measure this alone; moe: a layer's experts, from the choice by given scores to the weighted sum, one layer after the other
-    #[arg(long, value_name = "KERNEL", conflicts_with_all = ["prefill", "depth", "batch"])]
+    #[arg(long, value_name = "KERNEL", conflicts_with_all = ["prefill", "depth", "batch", "temperature", "top_k", "top_p", "min_p"])]
     kernel: Option<Kernel>,
     /// With --kernel: the kernels of decoding, or those of prompts
     #[arg(long, value_name = "ROLE", requires = "kernel", default_value = "decode")]
@@ -237,6 +237,14 @@ fn steps(args: &Args, engine: &fourfold::Engine) -> anyhow::Result<Measured> {
             let mut beside = if batch == 1 { String::new() } else { format!(", {batch} at once") };
             if sampling.temperature > 0.0 {
                 beside += &format!(", temperature {}", sampling.temperature);
+                let filters = [
+                    ("top-k", sampling.top_k as f32, 0.0),
+                    ("top-p", sampling.top_p, 1.0),
+                    ("min-p", sampling.min_p, 0.0),
+                ];
+                for (name, value, off) in filters {
+                    beside += &if value == off { String::new() } else { format!(", {name} {value}") };
+                }
             }
             let mut add = |what: &str, how: &str, run: bench::Decode| {
                 let facts = json!({ "what": what, "depth": depth, "batch": batch, "temperature": sampling.temperature,

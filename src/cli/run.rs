@@ -102,13 +102,13 @@ pub(super) struct Drawing {
 /// Which tokens have a chance.
 #[derive(clap::Args)]
 pub(super) struct Chances {
-    /// Logits are divided by it; 0 is greedy [default: the checkpoint's, else 1; of bench 0]
+    /// Logits are divided by it; 0 is greedy [default: the checkpoint's, else 1; bench: 0, or 1 beside a filter]
     #[arg(short, long, value_name = "T")]
     temperature: Option<f32>,
-    /// Draw from the K likeliest tokens; 0 is off [default: the checkpoint's, else 0]
+    /// Draw from the K likeliest tokens; 0 is off [default: the checkpoint's, else 0; bench: 0]
     #[arg(long, value_name = "K")]
     top_k: Option<usize>,
-    /// Draw from the likeliest tokens that together have probability P; 1 is off [default: the checkpoint's, else 1]
+    /// Draw from the likeliest tokens that together have probability P; 1 is off [default: the checkpoint's, else 1; bench: 1]
     #[arg(long, value_name = "P")]
     top_p: Option<f32>,
     /// Draw from tokens at least P times as likely as the likeliest; 0 is off
@@ -119,7 +119,7 @@ pub(super) struct Chances {
 impl Chances {
     /// The flags alone: where there are none, always the likeliest token.
     pub(super) fn alone(&self) -> Sampling {
-        let any = self.top_k.is_some() || self.top_p.is_some() || self.min_p > 0.0;
+        let any = self.top_k.is_some_and(|k| k > 0) || self.top_p.is_some_and(|p| p != 1.0) || self.min_p > 0.0;
         Sampling {
             temperature: self.temperature.unwrap_or(if any { 1.0 } else { 0.0 }),
             top_k: self.top_k.unwrap_or(0),

@@ -310,7 +310,7 @@ impl State {
         self.buffers.iter().chain(self.tables.iter().flatten()).chain(&self.drawn_by).map(|b| b.slice().bytes).sum()
     }
 
-    /// Where the rules of the sequences stand, by which tokens are drawn. At first all of them draw the likeliest.
+    /// Where the rules of the sequences stand, by which tokens are drawn.
     pub fn rules(&self) -> Slice {
         self.drawing.rules
     }

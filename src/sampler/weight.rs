@@ -1,7 +1,8 @@
 //! How likely a token is beside the likeliest one, in whole numbers, whose sums follow no order: the same on every machine and
 //! device (`shaders/shared/line.wgsl`).
 
-/// Steps that a token can lie below the likeliest and still be drawn: 32 octaves of 2^19 steps.
+/// Steps below the likeliest from which on all tokens are alike, and out of the line: 32 octaves of 2^19 steps. The last octave has no
+/// weight.
 pub(crate) const FAR: u32 = 1 << 24;
 
 /// Steps of a part of an octave: in between, weights lie on a straight line.

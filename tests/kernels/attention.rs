@@ -219,32 +219,37 @@ fn a_prompt_of_several_sequences_has_the_bits_of_its_rows_alone() {
 
 #[test]
 fn what_a_row_does_not_see_may_be_anything() {
-    // Position 5 holds NaN and infinity: a prompt's rows before it do not feel them, those after it do.
+    // Position 5 holds NaN or infinity, and all of another sequence: a prompt's rows before it do not feel them, those after it do.
     let op = op([4, 2, 8, 0], 16, CacheFormat::F32);
-    let rows: Vec<Row> = (0..8).map(|position| Row { token: 0, sequence: 0, position, pad: 0 }).collect();
+    let row = |sequence, position| Row { token: 0, sequence, position, pad: 0 };
+    let rows: Vec<Row> = (0..8).map(|i| row(0, i)).chain((0..3).map(|i| row(1, i))).collect();
     for (name, device) in gpus() {
-        let run = |odd: Option<f32>| {
+        let run = |odd: [Option<f32>; 2]| {
             output_of(device, |b| {
                 let (mut random, width) = (Random(3), 16);
-                let qkv = random.f32s(8 * 64);
-                let [keys, mut values] = [0; 2].map(|_| random.f32s(16 * width));
-                if let Some(odd) = odd {
-                    values[5 * width..6 * width].fill(odd);
-                }
-                let table = b.input(&[0u32]);
+                let qkv = random.f32s(11 * 64);
+                let [keys, values] = odd.map(|odd| {
+                    let mut cache = random.f32s(32 * width);
+                    if let Some(odd) = odd {
+                        cache[5 * width..6 * width].fill(odd);
+                        cache[16 * width..].fill(odd);
+                    }
+                    cache
+                });
+                let table = b.input(&[0u32, 1]);
                 let (keys, values) = (b.input(&keys), b.input(&values));
                 let kv = KvCache { format: CacheFormat::F32, page: 16, pages: 1, table, keys, values };
-                let (rows, qkv, a) = (b.input(&rows), b.input(&qkv), b.output(8 * 32));
-                let mut p = program(8);
-                p.attention(Attention { page: 16, pages: 1, ..op }, step(b, 8), [rows, qkv, a], &[kv], None, a);
+                let (rows, qkv, a) = (b.input(&rows), b.input(&qkv), b.output(11 * 32));
+                let mut p = program(11);
+                p.attention(Attention { page: 16, pages: 1, ..op }, step(b, 11), [rows, qkv, a], &[kv], None, a);
                 (p, vec![a])
             })
         };
-        let plain = run(None);
-        for odd in [f32::NAN, f32::INFINITY] {
-            let got = run(Some(odd));
-            assert!(got[..5 * 32] == plain[..5 * 32], "{odd} reaches rows before it, on {name}");
-            assert!(got[5 * 32..].iter().all(|v| !f32::from_bits(*v).is_finite()), "{odd} is lost, on {name}");
+        let plain = run([None; 2]);
+        for odd in [[None, Some(f32::NAN)], [None, Some(f32::INFINITY)], [Some(f32::NAN), None], [Some(f32::NAN); 2]] {
+            let got = run(odd);
+            assert!(got[..5 * 32] == plain[..5 * 32], "{odd:?} reaches rows before it, on {name}");
+            assert!(got[5 * 32..].iter().all(|v| !f32::from_bits(*v).is_finite()), "{odd:?} is lost, on {name}");
         }
     }
 }

@@ -43,6 +43,11 @@ impl Program {
     }
 }
 
+/// The largest logit of a row's parts.
+pub(super) fn largest(parts: &[Peak]) -> f32 {
+    parts.iter().fold(f32::NEG_INFINITY, |most, part| most.max(part.logit))
+}
+
 impl Argmax {
     pub(crate) fn twin(&self, tokens: usize, views: &mut Views<'_>) {
         let (v, parts) = (self.v as usize, PARTS as usize);

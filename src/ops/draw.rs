@@ -1,5 +1,6 @@
 //! A token drawn for each row by its sequence's rule, made the row of the next step on the device.
 
+use super::argmax::largest;
 use super::narrow::{over_spans, passes};
 use super::{Kept, Narrow, Op, PARTS, Peak, Row, Views, Weigh};
 use crate::program::{Launch, Program, Slice};
@@ -157,8 +158,7 @@ impl Draw {
             });
             drawn[t] = likeliest(parts);
             if let Some(id) = token {
-                let largest = parts.iter().fold(f32::NEG_INFINITY, |most, part| most.max(part.logit));
-                drawn[t] = Drawn { id, logit: logits[id as usize] - largest, ..drawn[t] };
+                drawn[t] = Drawn { id, logit: logits[id as usize] - largest(parts), ..drawn[t] };
             }
             row.token = drawn[t].id;
         }

@@ -32,7 +32,7 @@ pub(super) struct Block {
 impl Block {
     const FEW: Self = Self { file: "block_16", tall: 64, wide: 16 };
     const MANY: Self = Self { file: "block_64", tall: 128, wide: 64 };
-    /// Workgroups that a GPU has room for at a time, and more.
+    /// With fewer large workgroups much of a GPU would have no work.
     const MANY_GROUPS: u32 = 64;
 
     /// For tiles of so many routes.

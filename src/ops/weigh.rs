@@ -1,6 +1,7 @@
 //! What the tokens of each span of the vocabulary count, by the digits of how far they lie below the likeliest one: the sums that a
 //! filter's end, or the token that is drawn, is found by.
 
+use super::argmax::largest;
 use super::{Drawing, Op, PARTS, Peak, Row, Views};
 use crate::program::{Launch, Program};
 use crate::sampler::{FAR, Rule, below, weight};
@@ -115,8 +116,7 @@ impl Weigh {
             let rule = &rules[rows[t].sequence as usize];
             if self.first {
                 let parts = &parts[t * PARTS as usize..][..PARTS as usize];
-                kept[t] =
-                    Kept::new(rule, parts.iter().fold(f32::NEG_INFINITY, |most, part| most.max(part.logit)) + 0.0);
+                kept[t] = Kept::new(rule, largest(parts) + 0.0);
             }
             if kept[t].stage == Kept::DONE {
                 continue;

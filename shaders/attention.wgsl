@@ -18,10 +18,12 @@
 // twin      src/ops/attention.rs
 //
 // Keys come in tiles of 128 counted from the first visible one, so the order of every sum follows from the position
-// alone. Each lane scores one key of the tile, for four heads at once: the components of a vec4 (those past HEADS are
-// zeros, and nobody reads what comes of them). Then teams of DH/4 lanes take keys by turns, and a lane four of the DH outputs of
-// every head; the teams' sums meet at the end, in order. Whatever is found by looking at all keys is found for one head by
-// each lane, keys apart by 32.
+// alone. Two lanes share a key of the tile, quads of it by turns, for four heads at once: the components of a vec4 (those past
+// HEADS are zeros, and nobody reads what comes of them). Then a lane has the weights of two keys for one head. In the end each half
+// of the lanes has two heads: teams of DH/4 lanes take keys by turns, and a lane four of the DH outputs of both; the teams' sums
+// meet at the end, in order.
+//
+// It is short on purpose: between other kernels its instructions have to be fetched, which takes as long as running them.
 #import row
 #import pages
 #import cache
@@ -34,41 +36,41 @@ override DH: u32;
 override WINDOW: u32;
 override HEADS: u32;
 override FIRST: u32;
+const WG = 256u;
+const HALF = WG / 2u;
+// Lanes that share a key, and lanes that share a head when weights are made.
+const PAIR = 2u;
+const SHARES = WG / 4u;
 // Quads of a key, or keys, that are sent for at once.
-const BATCH = 8u;
+const BATCH = 4u;
 @group(0) @binding(0) var<storage, read> rows: array<Row>;
 @group(0) @binding(1) var<storage, read> qkv: array<f32>;
 
-// Each a vec4 over the heads: element d of the queries in the first 256, then the scores of the tile's keys. In the end the
-// teams' sums, of one head after the other.
-var<workgroup> room: array<vec4<f32>, 4u * KEYS>;
+// Each a vec4 over the heads: element d of the queries in the first 256, then what each lane of a pair has of the tile's
+// scores. In the end the teams' sums, of one head after the other.
+var<workgroup> room: array<vec4<f32>, 4u * HALF>;
 const SCORES = 256u;
-// What several lanes write for one key or share, head by head: the weights of the tile's keys; what 32 shares found.
+// What several lanes write for one key or share, head by head: the weights of the tile's keys; what the shares found.
 var<workgroup> weights: array<f32, KEYS * 4u>;
-var<workgroup> found: array<f32, 32u * 4u>;
+var<workgroup> found: array<f32, SHARES * 4u>;
 // Where the keys of the tile stand in the cache.
 var<workgroup> places: array<u32, KEYS>;
 
-// By head: the largest score so far, the sum of weights so far, and by how much the last tile shrank it.
+// By head: the largest score, and by how much the last tile shrank what was there.
 var<workgroup> top: array<f32, 4>;
-var<workgroup> total: array<f32, 4>;
 var<workgroup> shrink: array<f32, 4>;
 
-@compute @workgroup_size(KEYS)
+@compute @workgroup_size(WG)
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) lane: u32) {
     let quads = DH / 4u;
     let t = FIRST + group.y;
     let row = rows[t];
     let head = PART_FIRST * (H / HK) + group.x * HEADS;
     let kv_head = head / (H / HK);
-    let begin = first_key(row.position);
-    let share = share_of(group.z, row.position + 1u - begin);
-    let first = begin + share.x;
-    let last = begin + share.y;
-    // Bounds that the compiler does not know keep the code short: it runs once, and has to be fetched first.
+    // Bounds that the compiler does not know keep the code short.
     let few = 4u + row.pad;
-    let elements = (quads + BATCH - 1u) / BATCH * BATCH * few; // zeros behind the last, to whole batches
-    for (var d = lane; d < elements; d += KEYS) {
+    let elements = (quads + BATCH * PAIR - 1u) / (BATCH * PAIR) * BATCH * PAIR * few; // zeros behind the last, to whole batches
+    for (var d = lane; d < elements; d += WG) {
         var q = vec4<f32>(0.0);
         for (var h = 0u; h < 4u; h++) {
             let found = qkv[(t * (H + 2u * HK) + head + min(h, HEADS - 1u)) * DH + min(d, DH - 1u)];
@@ -76,81 +78,78 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         }
         room[d] = q;
     }
-    let team = lane / quads;
-    let teams = KEYS / quads;
-    let quad = lane % quads;
+    let begin = first_key(row.position);
+    let share = share_of(group.z, row.position + 1u - begin);
+    let first = begin + share.x;
+    let last = begin + share.y;
+    // Scores: which lane of which pair. Weights: one head of which share. Sums: of which half, its team, and the quad.
+    let part = lane % PAIR;
+    let pair = lane / PAIR;
     let h = lane % 4u;
     let s = lane / 4u;
-    if lane < 4u {
-        top[lane] = -3.0e38;
-        total[lane] = 0.0;
-    }
+    let half = lane / HALF;
+    let team = lane % HALF / quads;
+    let teams = HALF / quads;
+    let quad = lane % HALF % quads;
+    var most = -3.0e38; // the largest score so far, of head h
+    var total = 0.0; // the share's weights so far
     var sum0 = vec4<f32>(0.0);
     var sum1 = vec4<f32>(0.0);
-    var sum2 = vec4<f32>(0.0);
-    var sum3 = vec4<f32>(0.0);
     for (var tile = first; tile < last; tile += KEYS) {
-        workgroupBarrier(); // the queries are there, or all lanes are done with the tile before
-        let place = (cache_row(row.sequence, min(tile + lane, last - 1u)) * PART + kv_head - PART_FIRST) * quads;
+        let place = (cache_row(row.sequence, min(tile + pair, last - 1u)) * PART + kv_head - PART_FIRST) * quads;
         var dots = vec4<f32>(0.0);
-        for (var i = 0u; i < quads * few / 4u; i += BATCH) {
+        workgroupBarrier(); // the queries are there, or all lanes are done with the tile before
+        for (var i = part; i < quads * few / 4u; i += BATCH * PAIR) {
             var ks: array<vec4<f32>, BATCH>;
             for (var m = 0u; m < BATCH; m++) {
-                ks[m] = key4(place + min(i + m, quads - 1u));
+                ks[m] = key4(place + min(i + m * PAIR, quads - 1u));
             }
             for (var m = 0u; m < BATCH; m++) {
                 let key = ks[m];
-                let d = (i + m) * 4u;
+                let d = (i + m * PAIR) * 4u;
                 dots = fma(room[d], vec4<f32>(key.x), dots);
                 dots = fma(room[d + 1u], vec4<f32>(key.y), dots);
                 dots = fma(room[d + 2u], vec4<f32>(key.z), dots);
                 dots = fma(room[d + 3u], vec4<f32>(key.w), dots);
             }
         }
-        // Keys past the end weigh e^-inf = 0.
-        places[lane] = place;
-        room[SCORES + lane] = select(vec4<f32>(-3.0e38), dots / sqrt(f32(DH)), tile + lane < last);
+        room[SCORES + part * KEYS + pair] = dots;
+        if part == 0u {
+            places[pair] = place;
+        }
         workgroupBarrier(); // all scores of the tile are there
-        var most = -3.0e38;
-        for (var i = s; i < KEYS; i += 8u * few) {
-            most = max(most, room[SCORES + i][h]);
+        var scores: array<f32, KEYS / SHARES>;
+        let before = most;
+        for (var n = 0u; n < KEYS / SHARES; n++) {
+            let i = s + n * SHARES;
+            let score = (room[SCORES + i][h] + room[SCORES + KEYS + i][h]) * (1.0 / sqrt(f32(DH)));
+            scores[n] = select(-3.0e38, score, tile + i < last); // keys past the end weigh e^-inf = 0
+            most = max(most, scores[n]);
         }
         found[s * 4u + h] = most;
         workgroupBarrier(); // the largest of all shares are there
-        if lane < 4u {
-            let old = top[lane];
-            most = old;
-            for (var i = 0u; i < 8u * few; i += 8u) {
-                for (var m = 0u; m < 8u; m++) {
-                    most = max(most, found[(i + m) * 4u + lane]);
-                }
+        for (var i = 0u; i < SHARES / 4u * few; i += 4u) {
+            for (var m = 0u; m < 4u; m++) {
+                most = max(most, found[(i + m) * 4u + h]);
             }
-            top[lane] = most;
-            shrink[lane] = exp_f32(old - most);
         }
-        workgroupBarrier(); // the largest scores so far are there
-        most = top[h];
-        var part = 0.0;
-        for (var i = s; i < KEYS; i += 8u * few) {
-            let w = exp_f32(room[SCORES + i][h] - most);
-            weights[i * 4u + h] = w;
-            part += w;
-        }
-        found[s * 4u + h] = part;
-        workgroupBarrier(); // all weights and the sums of all shares are there
-        if lane < 4u {
-            part = total[lane] * shrink[lane];
-            for (var i = 0u; i < 8u * few; i += 8u) {
-                for (var m = 0u; m < 8u; m++) {
-                    part += found[(i + m) * 4u + lane];
-                }
+        if tile > first {
+            let less = exp_f32(before - most);
+            total *= less;
+            if lane < 4u {
+                shrink[lane] = less;
             }
-            total[lane] = part;
         }
-        sum0 *= shrink[0];
-        sum1 *= shrink[1];
-        sum2 *= shrink[2];
-        sum3 *= shrink[3];
+        for (var n = 0u; n < KEYS / SHARES; n++) {
+            let w = exp_f32(scores[n] - most);
+            weights[(s + n * SHARES) * 4u + h] = w;
+            total += w;
+        }
+        workgroupBarrier(); // all weights are there
+        if tile > first {
+            sum0 *= shrink[half * 2u];
+            sum1 *= shrink[half * 2u + 1u];
+        }
         // Those that weigh nothing are left out.
         for (var n = team; n < min(KEYS, last - tile) * few / 4u; n += BATCH * teams) {
             var vs: array<vec4<f32>, BATCH>;
@@ -159,28 +158,33 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
             }
             for (var m = 0u; m < BATCH; m++) {
                 let i = n + m * teams;
-                let at = min(i, KEYS - 1u) * 4u;
-                let heads = vec4<f32>(weights[at], weights[at + 1u], weights[at + 2u], weights[at + 3u]);
-                let w = select(vec4<f32>(0.0), heads, team < teams && i < KEYS);
+                let at = min(i, KEYS - 1u) * 4u + half * 2u;
+                let w = select(vec2<f32>(0.0), vec2<f32>(weights[at], weights[at + 1u]), team < teams && i < KEYS);
                 sum0 = fma(vec4<f32>(w.x), vs[m], sum0);
                 sum1 = fma(vec4<f32>(w.y), vs[m], sum1);
-                sum2 = fma(vec4<f32>(w.z), vs[m], sum2);
-                sum3 = fma(vec4<f32>(w.w), vs[m], sum3);
             }
         }
     }
-    // Since the last barrier nobody reads queries or scores.
-    room[lane] = sum0;
-    room[KEYS + lane] = sum1;
-    room[2u * KEYS + lane] = sum2;
-    room[3u * KEYS + lane] = sum3;
+    // Since the last barrier nobody reads queries, scores or maxima.
+    room[half * WG + lane % HALF] = sum0;
+    room[half * WG + HALF + lane % HALF] = sum1;
+    found[s * 4u + h] = total;
+    if lane < 4u {
+        top[lane] = most;
+    }
     workgroupBarrier(); // all teams' sums are there
-    for (var n = lane; n < HEADS * quads && first < last; n += KEYS) {
+    for (var n = lane; n < HEADS * quads && first < last; n += WG) {
         let h = n / quads;
+        var all = 0.0;
+        for (var i = 0u; i < SHARES / 4u * few; i += 8u) {
+            for (var m = 0u; m < 8u; m++) {
+                all += found[(i + m) * 4u + h];
+            }
+        }
         var sum = vec4<f32>(0.0);
         for (var i = 0u; i < teams * few / 4u; i++) {
-            sum += room[h * KEYS + i * quads + n % quads];
+            sum += room[h * HALF + i * quads + n % quads];
         }
-        result(t, head + h, group.z, n % quads, sum, top[h], total[h]);
+        result(t, head + h, group.z, n % quads, sum, top[h], all);
     }
 }

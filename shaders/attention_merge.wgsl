@@ -90,6 +90,6 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         for (var other = 1u; other < min(teams, count); other++) {
             sum += meeting[other * quads + lane];
         }
-        a[(t * H + h) * quads + lane] = sum / all;
+        a[(t * H + h) * quads + lane] = sum * (1.0 / all);
     }
 }

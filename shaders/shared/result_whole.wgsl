@@ -9,8 +9,9 @@ fn share_of(place: u32, visible: u32) -> vec2<u32> {
 // Quad `quad` of head h of row t: what a segment's keys gave, their largest score and the sum of their weights.
 fn result(t: u32, h: u32, place: u32, quad: u32, sum: vec4<f32>, m: f32, total: f32) {
     let open = opening(h);
-    let top = max(open.x, m);
-    let weight = exp_f32(m - top);
-    let all = fma(weight, total, open.y * exp_f32(open.x - top));
-    a[(t * H + h) * (DH / 4u) + quad] = fma(vec4<f32>(weight), sum, vec4<f32>(0.0)) / all;
+    // One of the two weighs 1.
+    let less = exp_f32(-abs(m - open.x));
+    let weight = select(less, 1.0, m >= open.x);
+    let all = fma(weight, total, open.y * select(1.0, less, m >= open.x));
+    a[(t * H + h) * (DH / 4u) + quad] = fma(vec4<f32>(weight), sum, vec4<f32>(0.0)) * (1.0 / all);
 }

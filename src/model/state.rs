@@ -496,7 +496,10 @@ impl State {
         form: Swiglu,
     ) {
         let name = |what: &'static str| move || format!("layers.{idx}.{what}");
-        if !self.after_attention(p, norm, idx, gain, (router, self.scores)) {
+        if p.role != Role::Prompt && self.max_storage_buffers >= NormLinear::BINDINGS && NormLinear::takes(router) {
+            p.norm_linear_few(norm, (self.x, self.delta, gain), [self.mid, self.h], router, self.scores);
+            p.stage(name("mlp_norm"), self.h, norm.d as usize);
+        } else if !self.after_attention(p, norm, idx, gain, (router, self.scores)) {
             p.projection(self.step, router, self.h, self.scores);
         }
         p.stage(name("mlp.router.logits"), self.scores, choice.e as usize);

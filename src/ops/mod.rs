@@ -67,7 +67,7 @@ pub use weight::{Matrix, Part, Weight, WeightBytes};
 use crate::shader::Kernel;
 
 /// Every kernel there is.
-pub const KERNELS: [&Kernel; 29] = [
+pub const KERNELS: [&Kernel; 30] = [
     &add::KERNEL,
     &add_norm::KERNEL,
     &amax::KERNEL,
@@ -89,6 +89,7 @@ pub const KERNELS: [&Kernel; 29] = [
     &moe_up::MATRIX,
     &narrow::KERNEL,
     &norm_linear::KERNEL,
+    &norm_linear::FEW,
     &rms_norm::KERNEL,
     &rope::KERNEL,
     &router::KERNEL,
@@ -152,7 +153,7 @@ impl Op {
             Op::MoeScatter(op) => op.twin(tokens, views),
             Op::MoeUp(op) => op.twin(tokens, views),
             Op::Narrow(op) => op.twin(views),
-            Op::NormLinear(op) => op.twin(views),
+            Op::NormLinear(op) => op.twin(tokens, views),
             Op::RmsNorm(op) => op.twin(tokens, views),
             Op::Rope(op) => op.twin(tokens, views),
             Op::Router(op) => op.twin(tokens, views),

@@ -1,4 +1,5 @@
-//! Adding, normalising, multiplying, and perhaps rotating one row, in one launch: what a decode step does most.
+//! Adding, normalising, multiplying, and perhaps rotating, in one launch: what a decode step does most. Of one row by any
+//! matrix, of any number of rows by a router's.
 
 use super::linear::{Linear, Projection};
 use super::{AddNorm, Addend, InputFormat, Matrix, Op, RmsNorm, Rope, Rotated, Views};
@@ -9,6 +10,13 @@ pub(crate) const KERNEL: Kernel = Kernel {
     name: "norm_linear",
     source: include_str!("../../shaders/norm_linear.wgsl"),
     slots: &[WEIGHTS, E2M1, ADDED_INPUT, ADDEND, BIAS, OUTPUT, APPEND, ROW_TILE, LANES, FOLD, REDUCE],
+};
+
+/// For few rows of weights.
+pub(crate) const FEW: Kernel = Kernel {
+    name: "norm_linear_few",
+    source: include_str!("../../shaders/norm_linear_few.wgsl"),
+    slots: &[WEIGHTS, E2M1, BIAS, LANES, REDUCE],
 };
 
 /// Constants.
@@ -40,10 +48,7 @@ impl Program {
         };
         let (weight, n) = (&piece.weight, w.n);
         let (format, k) = (weight.format, weight.k);
-        let rows = match rotated {
-            None if n < 512 => 2, // a router: as many workgroups as can be
-            _ => 16,
-        };
+        let rows = 16;
         let op = NormLinear {
             norm: AddNorm { norm, routes: addend.routes() },
             linear: Linear { format, input: InputFormat::F32, k, n, first: 0, count: n },
@@ -70,6 +75,40 @@ impl Program {
         };
         self.push(launch);
     }
+
+    /// `sum = x + addend; h = norm(sum); y = w h + bias` by row, where the matrix has few rows. It is not to the bit what
+    /// [`Program::norm_linear`] gives: the norm comes last. `x`, `addend`, `sum`, `h`: `[T, K]`, `y`: `[T, N]` f32; `g`: `[K]` bf16.
+    pub fn norm_linear_few(
+        &mut self,
+        norm: RmsNorm,
+        (x, addend, g): (Slice, Slice, Slice),
+        [sum, h]: [Slice; 2],
+        w: &Projection,
+        y: Slice,
+    ) {
+        let ([piece], [part]) = (&w.pieces[..], &w.pieces[0].weight.parts[..]) else {
+            unreachable!("`NormLinear::takes` was asked")
+        };
+        let (format, k, n) = (piece.weight.format, piece.weight.k, w.n);
+        let op = NormLinear {
+            norm: AddNorm { norm, routes: None },
+            linear: Linear { format, input: InputFormat::F32, k, n, first: 0, count: n },
+            rope: None,
+        };
+        let launch = Launch::new(Op::NormLinear(op), &FEW, [n.div_ceil(2), self.tokens, 1])
+            .constant("K", k)
+            .constant("N", n)
+            .constant("EPS", norm.eps)
+            .weight(format, part)
+            .bias(w.bias)
+            .read("x", x)
+            .read("addends", addend)
+            .read("g", g)
+            .write("sum", sum)
+            .write("h", h)
+            .write("y", y);
+        self.push(launch);
+    }
 }
 
 impl NormLinear {
@@ -81,14 +120,15 @@ impl NormLinear {
         w.pieces.len() == 1 && w.pieces[0].weight.parts.len() == 1
     }
 
-    pub(crate) fn twin(&self, views: &mut Views<'_>) {
+    pub(crate) fn twin(&self, tokens: usize, views: &mut Views<'_>) {
         let (k, n) = (self.linear.k as usize, self.linear.n as usize);
+        let (row, out) = (tokens * k, tokens * n);
         let w = views.matrix(self.linear.format, k);
         let bias = if views.has("bias") { views.bf16("bias") } else { &[] };
-        let x = &views.f32("x")[..k];
+        let x = &views.f32("x")[..row];
         let weights = if self.norm.routes.is_some() { views.f32("route_weights") } else { &[] };
         let (addends, g) = (views.f32("addends"), views.bf16("g"));
-        let (sum, h, y) = (views.f32_mut("sum"), &mut views.f32_mut("h")[..k], &mut views.f32_mut("y")[..n]);
+        let (sum, h, y) = (views.f32_mut("sum"), &mut views.f32_mut("h")[..row], &mut views.f32_mut("y")[..out]);
         let Some(rope) = self.rope else {
             self.reference((&w, bias), (x, addends, weights), g, [sum, h, y]);
             return;
@@ -102,8 +142,8 @@ impl NormLinear {
         y[..queries].copy_from_slice(&qkv[..queries]);
     }
 
-    /// What comes before a rotation. `w [N, K]`, `bias [N]` or empty, `x`, `sum`, `h`, `g`: `[K]`; `addends`: `[K]`, or
-    /// `[A, K]` with their `weights [A]`; `y [N]`.
+    /// What comes before a rotation. `w [N, K]`, `bias [N]` or empty, `x`, `sum`, `h`: `[T, K]`; `g [K]`; `addends`: `[T, K]`, or
+    /// `[T, A, K]` with their `weights [T, A]`; `y [T, N]`.
     pub fn reference(
         &self,
         (w, bias): (&Matrix<'_>, &[half::bf16]),

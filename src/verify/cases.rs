@@ -116,6 +116,7 @@ pub(super) fn cases(matrix: bool) -> Vec<(&'static str, Vec<Case>)> {
         ("attention of generated rows", attention(true)),
         ("linear", linear()),
         ("norm_linear", norm_linears()),
+        ("norm_linear_few", FORMATS.map(norm_linear_few).into()),
         ("router", [true, false].map(router).into()),
         (
             "group",
@@ -292,6 +293,25 @@ fn norm_linears() -> Vec<Case> {
     let caches = [None, Some(CacheFormat::F32), Some(CacheFormat::Bf16)];
     let case = |(i, format): (usize, Format)| norm_linear(format, 1 + 2 * (i % 2), i % 3 > 0, caches[i % 3]);
     FORMATS.into_iter().enumerate().map(case).collect()
+}
+
+/// A router behind its norm, of few experts and of many.
+fn norm_linear_few(format: Format) -> Case {
+    let (d, n) = (columns(format, 352), if format.is_fp4() { 3 } else { 34 });
+    case(format!("{format} N={n} K={d}"), 8.0 * sum_of(d), move |b, which| {
+        let mut random = Random(d as u64);
+        let weight = b.matrix(&mut random, format, [n, d])?;
+        let bias = if n == 3 { None } else { Some(b.input(&random.bf16s(n))?) };
+        let (x, y) = (random.f32s(ROWS * d), random.f32s(ROWS * d));
+        let (x, y, g) = (b.input(&pick(&x, d, which))?, b.input(&pick(&y, d, which))?, b.input(&random.bf16s(d))?);
+        let t = which.len();
+        let (sum, h, scores) = (b.output(t * d)?, b.output(t * d)?, b.output(t * n)?);
+        let w = Projection { pieces: vec![Piece { weight, first: 0, input_scale: None }], n: n as u32, bias };
+        let mut p = program(t);
+        p.norm_linear_few(RmsNorm { d: d as u32, eps: 1e-5 }, (x, y, g), [sum, h], &w, scores);
+        w.pieces.into_iter().for_each(|piece| b.keep(piece.weight));
+        Ok((p, vec![Output::near(sum, d), Output::near(h, d), Output::near(scores, n)]))
+    })
 }
 
 fn head_norm() -> Case {

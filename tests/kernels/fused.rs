@@ -109,6 +109,45 @@ fn norm_linear_has_the_bits_of_its_parts() {
 }
 
 #[test]
+fn norm_linear_few_is_near_its_twin_and_has_the_norm_of_add_norm() {
+    for (format, [d, n, t]) in FORMATS.into_iter().flat_map(|format| {
+        // More lanes than sixteens and fewer; one row of weights, an odd number, more pairs than quads of a row.
+        [[64usize, 1, 3], [576, 33, 1], [4128, 32, 2], [16, 12, 5]].map(|shape| (format, shape))
+    }) {
+        let d = d.next_multiple_of(format.block());
+        let case = |b: &mut Bench, fused: bool| {
+            let mut random = Random((d * n) as u64);
+            let bytes = matrix(&mut random, format, n, d);
+            let weight = weight(b, format, [n, d], &bytes);
+            let bias = if n == 32 { None } else { Some(b.input(&random.bf16s(n + n % 2))) };
+            let w = Projection { pieces: vec![Piece { weight, first: 0, input_scale: None }], n: n as u32, bias };
+            let (x, addends, g) =
+                (b.input(&random.f32s(t * d)), b.input(&random.f32s(t * d)), b.input(&random.bf16s(d)));
+            let (sum, h, y) = (b.output(t * d), b.output(t * d), b.output(t * n));
+            let norm = RmsNorm { d: d as u32, eps: EPS };
+            let mut p = program(t);
+            if fused {
+                p.norm_linear_few(norm, (x, addends, g), [sum, h], &w, y);
+            } else {
+                p.add_norm(norm, x, Addend::Rows(addends), g, [sum, h]);
+            }
+            w.pieces.into_iter().for_each(|piece| b.keep(piece.weight));
+            (p, if fused { vec![sum, h, y] } else { vec![sum, h] })
+        };
+        let what = format!("norm_linear_few {format} D={d} N={n} T={t}");
+        check_on(&what, 8.0 * sum_tolerance(d), gpus(), |b| case(b, true));
+        for (gpu, device) in gpus() {
+            let run = |fused| {
+                let mut b = Bench::new(device);
+                let (p, outputs) = case(&mut b, fused);
+                b.run(&p, &outputs)
+            };
+            assert!(run(true)[..2] == run(false)[..], "{what}: another norm on {gpu}");
+        }
+    }
+}
+
+#[test]
 fn norm_rope_has_the_bits_of_its_parts() {
     // Heads smaller than the lanes of a workgroup, and larger.
     for (([h, hk, dh], tokens), format) in [([4, 2, 36], 3), ([3, 1, 128], 1), ([2, 2, 256], 2)].into_iter().zip([

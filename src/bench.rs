@@ -211,8 +211,8 @@ pub struct Moe {
 }
 
 /// The experts of every layer, one layer behind the other so that no weights are in the device's caches, each over random
-/// rows of its own: by the kernels of decoding, or by a prompt's. The router's scores are there before, as other libraries have it
-/// that are measured so.
+/// rows of its own: by the kernels of decoding, or by a prompt's. The router's scores are there before, random too, as other
+/// libraries have it that are measured so.
 ///
 /// # Errors
 /// Where the model has no experts, and where so many rows are no step.
@@ -236,11 +236,13 @@ pub fn moe(engine: &Engine, rows: usize, prompt: bool, rounds: usize) -> Result<
             let parts = (stage("mlp_norm"), stage("mlp.router.logits"), stage("mlp.router.experts"));
             let (Some(norm), Some(logits), Some(chosen)) = parts else { continue }; // a dense layer
             let launches = |from, to| step.between(&name(from), &name(to)).expect("they are there");
-            let (router, launches) =
-                (launches("mlp_norm", "mlp.router.logits"), launches("mlp.router.logits", "mlp.out"));
-            let scores = Buffer::new(device, "scores of a layer", (rows * config.num_local_experts * 4) as u64)?;
-            let values = noise(rows * config.hidden_size, (round * config.num_hidden_layers + idx) as u64);
-            let input = Buffer::with_bytes(device, "rows of a layer", bytemuck::cast_slice(&values))?;
+            let launches = launches("mlp.router.logits", "mlp.out");
+            let seed = 2 * (round * config.num_hidden_layers + idx) as u64;
+            let made = |label: &str, width: usize, seed: u64| {
+                Buffer::with_bytes(device, label, bytemuck::cast_slice(&noise(rows * width, seed)))
+            };
+            let scores = made("scores of a layer", config.num_local_experts, seed)?;
+            let input = made("rows of a layer", config.hidden_size, seed + 1)?;
             let own = |launches: &[Launch]| {
                 let mut program = Program::new(rows as u32, engine.plan().host);
                 for mut launch in launches.iter().cloned() {
@@ -257,7 +259,6 @@ pub fn moe(engine: &Engine, rows: usize, prompt: bool, rounds: usize) -> Result<
             };
             let together = if engine.plan().host.routing { launches.to_vec() } else { ChosenGroup::join(launches) };
             let layer = own(&together);
-            device.run(&own(router))?;
             device.run(&layer)?;
             let mut words = vec![0u32; chosen.slice.bytes as usize / 4];
             device.read(chosen.slice, bytemuck::cast_slice_mut(&mut words))?;

@@ -3,23 +3,21 @@
 //   tiles = of each expert in order, its routes in order, N to a tile (slot); then tiles of no routes
 //
 // grid      1 workgroup
-// in        experts  slot  [T, A]                        given, or to be chosen by scores [T, E]
+// in        experts  u32   [T, A]
 // out       tiles    slot  [(T A + (N - 1) min(T A, E)) / N]     as many as there can be
-//           experts, weights [T, A]                      where they are chosen here: what router writes
-// override  E, A; ALL where experts are chosen
-// slots     tiles, given
-// requires  E <= 1024, every expert below E, T A below 65536; T ceil(E / 4) and T A at most 256 where experts are chosen
+// override  E, A
+// slots     tiles
+// requires  E <= 1024, every expert below E, T A below 65536
 // twin      src/ops/group.rs
 //
 // A lane looks for four experts in a span of the routes: for all experts there are as many spans as lanes allow, and no more
-// than there are fours of routes. It counts
-// its routes, and when every lane has, it looks at them again and places them.
+// than there are fours of routes. It counts its routes, and when every lane has, it looks at them again and places them.
 #import step
 #import tiles
 #import routing
-#import given
 const WG = 256u;
 const EXPERTS = 4u;
+@group(0) @binding(1) var<storage, read> experts: array<u32>;
 @group(0) @binding(2) var<storage, read_write> tiles: array<Tile>;
 
 var<workgroup> places: array<u32, 1024>; // [E, spans]: how many routes there are, then where the next one goes
@@ -45,7 +43,7 @@ fn tiles_for(routes: u32) -> u32 {
 fn four_at(route: u32, last: u32) -> vec4<u32> {
     let at = vec4<u32>(route) + vec4<u32>(0u, 1u, 2u, 3u);
     let near = min(at, vec4<u32>(last));
-    let found = vec4<u32>(given(near.x), given(near.y), given(near.z), given(near.w));
+    let found = vec4<u32>(experts[near.x], experts[near.y], experts[near.z], experts[near.w]);
     return select(found, vec4<u32>(0xffffffffu), at > vec4<u32>(last));
 }
 
@@ -65,7 +63,6 @@ fn put(expert: u32, route: u32, lane: u32) {
 
 @compute @workgroup_size(WG)
 fn main(@builtin(local_invocation_index) lane: u32) {
-    prepare(lane);
     let routes = step.tokens * A;
     let span = lane % spans();
     let length = (routes + spans() - 1u) / spans();

@@ -34,8 +34,6 @@ pub(crate) const GLU: Slot = Slot { name: "glu", fillings: &["glu_clamped", "glu
 pub(crate) const ADDEND: Slot = Slot { name: "addend", fillings: &["addend_rows", "addend_routes"] };
 /// Routes of a tile of `group`.
 pub(crate) const TILES: Slot = Slot { name: "tiles", fillings: &["tiles_2", "tiles_4", "tiles_16", "tiles_64"] };
-/// The expert of each route, or scores to choose them by.
-pub(crate) const GIVEN: Slot = Slot { name: "given", fillings: &["given_experts", "given_scores"] };
 /// The same without matrix units.
 pub(crate) const ROUTE_TILES: Slot = Slot { name: "tiles", fillings: &["tiles_2", "tiles_4"] };
 /// The same for matrix units.
@@ -116,8 +114,6 @@ shared!(
     "exp",
     "fold_shared",
     "fold_subgroup",
-    "given_experts",
-    "given_scores",
     "glu_clamped",
     "glu_silu",
     "head",

@@ -2,11 +2,15 @@
 
 use super::{Op, Router, Routes, Views};
 use crate::program::{Launch, Program, Slice};
-use crate::shader::{GIVEN, Kernel, TILES};
+use crate::shader::{Kernel, TILES};
 use std::borrow::Cow;
 
 pub(crate) const KERNEL: Kernel =
-    Kernel { name: "group", source: include_str!("../../shaders/group.wgsl"), slots: &[TILES, GIVEN] };
+    Kernel { name: "group", source: include_str!("../../shaders/group.wgsl"), slots: &[TILES] };
+
+/// For experts that are chosen on the way.
+pub(crate) const CHOSEN: Kernel =
+    Kernel { name: "group_chosen", source: include_str!("../../shaders/group_chosen.wgsl"), slots: &[TILES] };
 
 /// Constants.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -129,7 +133,7 @@ impl Launch {
 impl Program {
     /// The routes of the step by expert. `step`: uniform with T; `experts`: `[T, A]` u32; `tiles`: [`Group::tiles`].
     pub fn group(&mut self, op: Group, step: Slice, experts: Slice, tiles: Slice) {
-        let launch = Launch::new(Op::Group(op), &KERNEL, [1, 1, 1]).fill("given", "given_experts");
+        let launch = Launch::new(Op::Group(op), &KERNEL, [1, 1, 1]);
         self.push(launch.grouped(op, step, tiles).read("experts", experts));
     }
 
@@ -204,8 +208,7 @@ impl ChosenGroup {
     }
 
     fn launch(self, step: Slice, scores: Slice, routes: Routes, tiles: Slice) -> Launch {
-        Launch::new(Op::ChosenGroup(self), &KERNEL, [1, 1, 1])
-            .fill("given", "given_scores")
+        Launch::new(Op::ChosenGroup(self), &CHOSEN, [1, 1, 1])
             .constant("ALL", u32::from(!self.router.normalise))
             .grouped(self.group, step, tiles)
             .read("scores", scores)

@@ -67,7 +67,7 @@ pub use weight::{Matrix, Part, Weight, WeightBytes};
 use crate::shader::Kernel;
 
 /// Every kernel there is.
-pub const KERNELS: [&Kernel; 30] = [
+pub const KERNELS: [&Kernel; 31] = [
     &add::KERNEL,
     &add_norm::KERNEL,
     &amax::KERNEL,
@@ -79,6 +79,7 @@ pub const KERNELS: [&Kernel; 30] = [
     &embed::KERNEL,
     &glu::KERNEL,
     &group::KERNEL,
+    &group::CHOSEN,
     &head_norm::KERNEL,
     &linear::KERNEL,
     &linear::MATRIX,

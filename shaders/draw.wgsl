@@ -44,20 +44,25 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         found[lane] = parts[t * PARTS + lane];
     }
     workgroupBarrier(); // all parts are here
+    let next = rows[t];
+    // A bound that the compiler does not know keeps the code short: it runs once, and has to be fetched first.
+    let end = PARTS + next.pad;
     // Every lane looks for the best one. Parts come in the order of ids: of equal logits the first one stays.
-    var best = found[0];
-    for (var p = 1u; p < PARTS; p++) {
-        if order(found[p].y) > order(best.y) {
-            best = found[p];
+    var most = order(found[0].y);
+    var first = 0u;
+    for (var p = 1u; p < end; p++) {
+        if order(found[p].y) > most {
+            most = order(found[p].y);
+            first = p;
         }
     }
+    let best = found[first];
     if lane < PARTS {
         let share = bitcast<f32>(found[lane].z) * exp_f32(bitcast<f32>(found[lane].y) - bitcast<f32>(best.y));
         shares[lane] = select(share, 0.0, found[lane].z == 0u);
     }
     var id = best.x;
     var logit = bitcast<f32>(best.y);
-    let next = rows[t];
     if SAMPLED {
         let rule = rules[next.sequence];
         let known = kept[t];
@@ -77,7 +82,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     if lane == 0u {
         var sum = 0.0;
         var seen = 0u;
-        for (var p = 0u; p < PARTS; p++) {
+        for (var p = 0u; p < end; p++) {
             sum += shares[p];
             seen |= found[p].w;
         }

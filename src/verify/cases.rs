@@ -123,7 +123,7 @@ pub(super) fn cases(matrix: bool) -> Vec<(&'static str, Vec<Case>)> {
             [(6, 3, 2), (33, 4, 4), (6, 3, 16), (6, 3, 64)]
                 .map(group)
                 .into_iter()
-                .chain([chosen_group(true), chosen_group(false)])
+                .chain([2, 4, 16, 64].into_iter().flat_map(|n| [true, false].map(|by_row| chosen_group(by_row, n))))
                 .collect(),
         ),
         ("moe_up", moe(false)),

@@ -42,12 +42,12 @@ pub(super) fn group((e, a, routes): (usize, usize, u32)) -> Case {
 
 /// The choice and the routes by expert in one launch. What a row is given does not follow its neighbours; its place in the tiles
 /// does.
-pub(super) fn chosen_group(by_row: bool) -> Case {
+pub(super) fn chosen_group(by_row: bool, tile: u32) -> Case {
     let (e, a) = (15usize, 4usize);
     let router = Router { e: e as u32, a: a as u32, normalise: true };
-    let group = Group { e: e as u32, a: a as u32, routes: 2 };
+    let group = Group { e: e as u32, a: a as u32, routes: tile };
     let what = if by_row { "chosen on the way" } else { "their tiles" };
-    let chosen = case(format!("E={e} A={a}, {what}"), 16.0 * EPS, move |b, which| {
+    let chosen = case(format!("E={e} A={a}, tiles of {tile}, {what}"), 16.0 * EPS, move |b, which| {
         let scores = b.input(&pick(&Random(7).f32s(ROWS * e), e, which))?;
         let routes = Routes { experts: b.output(which.len() * a)?, weights: b.output(which.len() * a)? };
         let words = group.tiles(which.len() as u32) as usize * group.tile_bytes() as usize / 4;

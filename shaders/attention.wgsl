@@ -67,6 +67,13 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     let row = rows[t];
     let head = PART_FIRST * (H / HK) + group.x * HEADS;
     let kv_head = head / (H / HK);
+    let begin = first_key(row.position);
+    let share = share_of(group.z, row.position + 1u - begin);
+    let first = begin + share.x;
+    let last = begin + share.y;
+    if first >= last {
+        return; // the whole workgroup: the row has fewer segments
+    }
     // Bounds that the compiler does not know keep the code short.
     let few = 4u + row.pad;
     let elements = (quads + BATCH * PAIR - 1u) / (BATCH * PAIR) * BATCH * PAIR * few; // zeros behind the last, to whole batches
@@ -78,10 +85,6 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         }
         room[d] = q;
     }
-    let begin = first_key(row.position);
-    let share = share_of(group.z, row.position + 1u - begin);
-    let first = begin + share.x;
-    let last = begin + share.y;
     // Scores: which lane of which pair. Weights: one head of which share. Sums: of which half, its team, and the quad.
     let part = lane % PAIR;
     let pair = lane / PAIR;
@@ -150,8 +153,9 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
             sum0 *= shrink[half * 2u];
             sum1 *= shrink[half * 2u + 1u];
         }
-        // Those that weigh nothing are left out.
-        for (var n = team; n < min(KEYS, last - tile) * few / 4u; n += BATCH * teams) {
+        // Keys that weigh nothing are left out, and heads that are not there.
+        let weighty = select(0u, min(KEYS, last - tile), half * 2u < HEADS);
+        for (var n = team; n < weighty * few / 4u; n += BATCH * teams) {
             var vs: array<vec4<f32>, BATCH>;
             for (var m = 0u; m < BATCH; m++) {
                 vs[m] = value4(places[min(n + m * teams, KEYS - 1u)] + quad);
@@ -173,7 +177,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         top[lane] = most;
     }
     workgroupBarrier(); // all teams' sums are there
-    for (var n = lane; n < HEADS * quads && first < last; n += WG) {
+    for (var n = lane; n < HEADS * quads; n += WG) {
         let h = n / quads;
         var all = 0.0;
         for (var i = 0u; i < SHARES / 4u * few; i += 8u) {

@@ -1,27 +1,26 @@
-// norm_linear_few: norm_linear by few rows of weights, a router's, of any number of rows of input: when decoding.
+// norm_linear_few: norm_linear by few rows of bf16 weights, a router's, of any number of rows of input: when decoding.
 //
 //   sum[t,d] = x[t,d] + addend[t,d]
 //   s[t]     = 1 / sqrt(mean_d(sum[t,d]^2) + EPS)
 //   h[t,d]   = sum[t,d] s[t] g[d]
-//   y[t,n]   = bias[n] + s[t] scale_n sum_k w[n,k] sum[t,k] g[k]
+//   y[t,n]   = bias[n] + s[t] sum_k w[n,k] sum[t,k] g[k]
 //
 // grid      ceil(N / 2) x T workgroups: two rows of weights each, and an equal share of sum and h
 // in        x        f32   [T, K]
 //           addends  f32   [T, K]
 //           g        bf16  [K]
-//           w        slot  [N, K]
+//           w        bf16  [N, K]
 //           bias     slot  [N]
-// out       sum      f32   [T, K]     may not alias x
-//           h        f32   [T, K]
+// out       sum, h   f32   [T, K]     may alias neither x nor addends
 //           y        f32   [T, N]
 // override  K, N, EPS
-// slots     weights, e2m1, bias, lanes, reduce
+// slots     bias, lanes, reduce
 // requires  K a multiple of 16
 // twin      src/ops/norm_linear.rs
 //
 // The sum of squares and the products are found in one pass, and the norm comes last: nobody waits for it. sum and h have the bits
 // of add_norm.
-#import weights
+#import weights_bf16
 #import bias
 #import dot16
 #import norm
@@ -60,21 +59,18 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     let end = min((group.x + 1u) * each, K / 4u);
     var own = quad_at(t, min(mine, K / 4u - 1u));
     let ends = vec2<f32>(bias_at(row.x), bias_at(row.y));
-    let scales = vec2<f32>(row_scale(row.x), row_scale(row.y));
     var share = 0.0;
     var both = vec2<f32>(0.0);
     for (var i = lane; i < K / 16u; i += LANES * WARPS) {
         let w0 = stored_at(row.x, K / 16u, i);
         let w1 = stored_at(row.y, K / 16u, i);
-        let s0 = scales_at(row.x, K / 16u, i) >> (row.x % 4u * 8u);
-        let s1 = scales_at(row.y, K / 16u, i) >> (row.y % 4u * 8u);
         let a = quad_at(t, i * 4u);
         let b = quad_at(t, i * 4u + 1u);
         let c = quad_at(t, i * 4u + 2u);
         let d = quad_at(t, i * 4u + 3u);
         share = squares(d.v, squares(c.v, squares(b.v, squares(a.v, share))));
-        let xs = in_units(Sixteen(a.v * a.gain, b.v * b.gain, c.v * c.gain, d.v * d.gain, 1.0), true);
-        both += vec2<f32>(dot16(opened(w0, s0), xs), dot16(opened(w1, s1), xs));
+        let xs = Sixteen(a.v * a.gain, b.v * b.gain, c.v * c.gain, d.v * d.gain, 1.0);
+        both += vec2<f32>(dot16(opened(w0, 0u), xs), dot16(opened(w1, 0u), xs));
     }
     let part = vec2<f32>(reduce(both.x, lane), reduce(both.y, lane));
     if lane % LANES == 0u {
@@ -93,6 +89,6 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         for (var i = 0u; i < WARPS; i++) {
             all += products[i][lane];
         }
-        y[t * N + n[lane]] = fma(all, scale * scales[lane], ends[lane]);
+        y[t * N + n[lane]] = fma(all, scale, ends[lane]);
     }
 }

@@ -404,18 +404,37 @@ impl State {
         gain: Slice,
         (w, y): (&Projection, Slice),
     ) -> bool {
-        let (added, to) = (Addend::Rows(self.delta), [self.mid, self.h]);
         let fused = self.fuses(p) && NormLinear::takes(w);
         if fused {
-            p.norm_linear(norm, (self.x, added, gain), to, w, None, y);
-        } else if p.in_parts {
+            p.norm_linear(norm, (self.x, Addend::Rows(self.delta), gain), [self.mid, self.h], w, None, y);
+            p.stage(|| format!("layers.{idx}.mlp_norm"), self.h, norm.d as usize);
+        } else {
+            self.mlp_norm(p, norm, idx, gain);
+        }
+        fused
+    }
+
+    /// Record attention's output into the residual stream, and the norm.
+    fn mlp_norm(&self, p: &mut Program, norm: RmsNorm, idx: usize, gain: Slice) {
+        if p.in_parts {
             p.add(norm.d, self.x, self.delta, self.mid);
             p.rms_norm(norm, self.mid, gain, self.h);
         } else {
-            p.add_norm(norm, self.x, added, gain, to);
+            p.add_norm(norm, self.x, Addend::Rows(self.delta), gain, [self.mid, self.h]);
         }
         p.stage(|| format!("layers.{idx}.mlp_norm"), self.h, norm.d as usize);
-        fused
+    }
+
+    /// Record attention's output into the residual stream, the norm, and the router's scores.
+    fn router_scores(&self, p: &mut Program, norm: RmsNorm, idx: usize, gain: Slice, router: &Projection) {
+        if p.role != Role::Prompt && NormLinear::takes_few(router) {
+            p.norm_linear_few(norm, (self.x, self.delta, gain), [self.mid, self.h], router, self.scores);
+            p.stage(|| format!("layers.{idx}.mlp_norm"), self.h, norm.d as usize);
+        } else {
+            self.mlp_norm(p, norm, idx, gain);
+            p.projection(self.step, router, self.h, self.scores);
+        }
+        p.stage(|| format!("layers.{idx}.mlp.router.logits"), self.scores, router.n as usize);
     }
 
     /// Record the end of layer `idx`, and the norm that follows it.
@@ -485,7 +504,7 @@ impl State {
         }
     }
 
-    /// Record what follows the norm in layer `idx`: router, the choice of experts, and their first matrix, from `h` to `e`.
+    /// Record what follows attention in layer `idx`: the norm, router, the choice of experts, and their first matrix, to `e`.
     pub(super) fn experts_up(
         &self,
         p: &mut Program,
@@ -496,13 +515,7 @@ impl State {
         form: Swiglu,
     ) {
         let name = |what: &'static str| move || format!("layers.{idx}.{what}");
-        if p.role != Role::Prompt && self.max_storage_buffers >= NormLinear::BINDINGS && NormLinear::takes(router) {
-            p.norm_linear_few(norm, (self.x, self.delta, gain), [self.mid, self.h], router, self.scores);
-            p.stage(name("mlp_norm"), self.h, norm.d as usize);
-        } else if !self.after_attention(p, norm, idx, gain, (router, self.scores)) {
-            p.projection(self.step, router, self.h, self.scores);
-        }
-        p.stage(name("mlp.router.logits"), self.scores, choice.e as usize);
+        self.router_scores(p, norm, idx, gain, router);
         let up = experts[0];
         let chosen = |p: &mut Program| {
             p.index_stage(name("mlp.router.experts"), self.routes.experts, form.a as usize);

@@ -177,7 +177,7 @@ pub struct Row {
     pub sequence: u32,
     /// Its position there, from 0.
     pub position: u32,
-    /// Nothing; the GPU's struct is four words.
+    /// Always 0: kernels add it to bounds that compilers shall not know. The GPU's struct is four words.
     pub pad: u32,
 }
 

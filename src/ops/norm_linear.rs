@@ -3,6 +3,7 @@
 
 use super::linear::{Linear, Projection};
 use super::{AddNorm, Addend, InputFormat, Matrix, Op, RmsNorm, Rope, Rotated, Views};
+use crate::format::Format;
 use crate::program::{Launch, Program, Slice};
 use crate::shader::{ADDED_INPUT, ADDEND, APPEND, BIAS, E2M1, FOLD, Kernel, LANES, OUTPUT, REDUCE, ROW_TILE, WEIGHTS};
 
@@ -16,7 +17,7 @@ pub(crate) const KERNEL: Kernel = Kernel {
 pub(crate) const FEW: Kernel = Kernel {
     name: "norm_linear_few",
     source: include_str!("../../shaders/norm_linear_few.wgsl"),
-    slots: &[WEIGHTS, E2M1, BIAS, LANES, REDUCE],
+    slots: &[BIAS, LANES, REDUCE],
 };
 
 /// Constants.
@@ -76,8 +77,8 @@ impl Program {
         self.push(launch);
     }
 
-    /// `sum = x + addend; h = norm(sum); y = w h + bias` by row, where the matrix has few rows. It is not to the bit what
-    /// [`Program::norm_linear`] gives: the norm comes last. `x`, `addend`, `sum`, `h`: `[T, K]`, `y`: `[T, N]` f32; `g`: `[K]` bf16.
+    /// `sum = x + addend; h = norm(sum); y = w h + bias` by row, where the matrix is in bf16 and has few rows. It is not to the bit
+    /// what [`Program::norm_linear`] gives: the norm comes last. `x`, `addend`, `sum`, `h`: `[T, K]`, `y`: `[T, N]` f32; `g`: `[K]` bf16.
     pub fn norm_linear_few(
         &mut self,
         norm: RmsNorm,
@@ -87,7 +88,7 @@ impl Program {
         y: Slice,
     ) {
         let ([piece], [part]) = (&w.pieces[..], &w.pieces[0].weight.parts[..]) else {
-            unreachable!("`NormLinear::takes` was asked")
+            unreachable!("`NormLinear::takes_few` was asked")
         };
         let (format, k, n) = (piece.weight.format, piece.weight.k, w.n);
         let op = NormLinear {
@@ -99,7 +100,7 @@ impl Program {
             .constant("K", k)
             .constant("N", n)
             .constant("EPS", norm.eps)
-            .weight(format, part)
+            .read("codes", part.codes)
             .bias(w.bias)
             .read("x", x)
             .read("addends", addend)
@@ -118,6 +119,11 @@ impl NormLinear {
     /// Whether this projection can be multiplied so.
     pub fn takes(w: &Projection) -> bool {
         w.pieces.len() == 1 && w.pieces[0].weight.parts.len() == 1
+    }
+
+    /// Whether [`Program::norm_linear_few`] does. Scales that round would be products that a compiler may join with a sum.
+    pub fn takes_few(w: &Projection) -> bool {
+        Self::takes(w) && w.pieces[0].weight.format == Format::Bf16
     }
 
     pub(crate) fn twin(&self, tokens: usize, views: &mut Views<'_>) {

@@ -319,7 +319,10 @@ pub fn clock(device: &Arc<dyn Device>) -> Result<()> {
 
 /// Roughly normal numbers, as a norm leaves them.
 fn noise(n: usize, seed: u64) -> Vec<f32> {
+    // Mixed well (SplitMix64), so that neighbouring seeds have nothing in common.
     let mut state = (seed + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+    state = (state ^ (state >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    state = (state ^ (state >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
     let mut uniform = || {
         state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
         (state >> 40) as f32 / (1 << 24) as f32 - 0.5

@@ -84,7 +84,7 @@ fn tiles_hold_each_route_once_in_order() {
 fn experts_chosen_on_the_way_are_those_of_the_router() {
     let shapes = [(2, 4, 4), (3, 7, 3), (8, 32, 4), (32, 32, 4), (8, 128, 8), (1, 1024, 16), (64, 15, 4)];
     for ((t, e, a), tile) in shapes.into_iter().flat_map(|shape| [2, 4, 16, 64].map(|tile| (shape, tile))) {
-        let normalise = (t + tile as usize) % 3 > 0;
+        let normalise = !(t + tile as usize).is_multiple_of(3);
         let router = Router { e: e as u32, a: a as u32, normalise };
         let group = Group { e: e as u32, a: a as u32, routes: tile };
         assert!(ChosenGroup::takes(&router, t as u32) && !ChosenGroup::takes(&router, 300));

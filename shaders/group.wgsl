@@ -15,6 +15,7 @@
 #import step
 #import tiles
 #import routing
+#import unused
 const WG = 256u;
 const EXPERTS = 4u;
 @group(0) @binding(1) var<storage, read> experts: array<u32>;
@@ -121,13 +122,5 @@ fn main(@builtin(local_invocation_index) lane: u32) {
         put(four.z, route + 2u, lane);
         put(four.w, route + 3u, lane);
     }
-    let used = first_of(E - 1u) + tiles_for(total_of(E - 1u));
-    let most = (routes + (TILE_ROUTES - 1u) * min(routes, E)) / TILE_ROUTES;
-    for (var tile = used + lane; tile < most; tile += WG) {
-        tiles[tile].expert = 0u;
-        tiles[tile].count = 0u;
-        for (var j = 0u; j < TILE_ROUTES; j++) {
-            tiles[tile].routes[j] = 0u;
-        }
-    }
+    clear_unused(first_of(E - 1u) + tiles_for(total_of(E - 1u)), routes, lane);
 }

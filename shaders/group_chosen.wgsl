@@ -14,6 +14,7 @@
 #import step
 #import tiles
 #import choose
+#import unused
 const WG = 256u;
 const FOUR = vec4<u32>(0u, 1u, 2u, 3u);
 const NONE = 0xffffffffu;
@@ -68,12 +69,5 @@ fn main(@builtin(local_invocation_index) lane: u32) {
             tiles[tile].routes[j] = 0u;
         }
     }
-    let most = (routes + (TILE_ROUTES - 1u) * min(routes, E)) / TILE_ROUTES;
-    for (var left = used + lane; left < most; left += WG) {
-        tiles[left].expert = 0u;
-        tiles[left].count = 0u;
-        for (var j = 0u; j < TILE_ROUTES; j++) {
-            tiles[left].routes[j] = 0u;
-        }
-    }
+    clear_unused(used, routes, lane);
 }

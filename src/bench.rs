@@ -235,30 +235,25 @@ pub fn moe(engine: &Engine, rows: usize, prompt: bool, rounds: usize) -> Result<
             let stage = |what: &str| step.stages.iter().find(|stage| stage.name == name(what));
             let parts = (stage("mlp_norm"), stage("mlp.router.logits"), stage("mlp.router.experts"));
             let (Some(norm), Some(logits), Some(chosen)) = parts else { continue }; // a dense layer
-            let launches = |from, to| step.between(&name(from), &name(to)).expect("they are there");
-            let launches = launches("mlp.router.logits", "mlp.out");
+            let launches = step.between(&name("mlp.router.logits"), &name("mlp.out")).expect("they are there");
             let seed = 2 * (round * config.num_hidden_layers + idx) as u64;
             let made = |label: &str, width: usize, seed: u64| {
                 Buffer::with_bytes(device, label, bytemuck::cast_slice(&noise(rows * width, seed)))
             };
             let scores = made("scores of a layer", config.num_local_experts, seed)?;
             let input = made("rows of a layer", config.hidden_size, seed + 1)?;
-            let own = |launches: &[Launch]| {
-                let mut program = Program::new(rows as u32, engine.plan().host);
-                for mut launch in launches.iter().cloned() {
-                    for arg in &mut launch.args {
-                        match arg.slice.buffer {
-                            buffer if buffer == norm.slice.buffer => arg.slice = input.slice(),
-                            buffer if buffer == logits.slice.buffer => arg.slice = scores.slice(),
-                            _ => {}
-                        }
-                    }
-                    program.push(launch);
-                }
-                program
-            };
             let together = if engine.plan().host.routing { launches.to_vec() } else { ChosenGroup::join(launches) };
-            let layer = own(&together);
+            let mut layer = Program::new(rows as u32, engine.plan().host);
+            for mut launch in together {
+                for arg in &mut launch.args {
+                    match arg.slice.buffer {
+                        buffer if buffer == norm.slice.buffer => arg.slice = input.slice(),
+                        buffer if buffer == logits.slice.buffer => arg.slice = scores.slice(),
+                        _ => {}
+                    }
+                }
+                layer.push(launch);
+            }
             device.run(&layer)?;
             let mut words = vec![0u32; chosen.slice.bytes as usize / 4];
             device.read(chosen.slice, bytemuck::cast_slice_mut(&mut words))?;

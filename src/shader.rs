@@ -158,6 +158,7 @@ shared!(
     "tiles_4",
     "tiles_16",
     "tiles_64",
+    "unused",
     "visible",
     "warps",
     "weights_bf16",

@@ -20,6 +20,9 @@ pub(crate) const FEW: Kernel = Kernel {
     slots: &[BIAS, LANES, REDUCE],
 };
 
+/// Rows of weights of a workgroup.
+const ROWS: u32 = 16;
+
 /// Constants.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct NormLinear {
@@ -47,19 +50,17 @@ impl Program {
         let ([piece], [part]) = (&w.pieces[..], &w.pieces[0].weight.parts[..]) else {
             unreachable!("`NormLinear::takes` was asked")
         };
-        let (weight, n) = (&piece.weight, w.n);
-        let (format, k) = (weight.format, weight.k);
-        let rows = 16;
+        let (format, k, n) = (piece.weight.format, piece.weight.k, w.n);
         let op = NormLinear {
             norm: AddNorm { norm, routes: addend.routes() },
             linear: Linear { format, input: InputFormat::F32, k, n, first: 0, count: n },
             rope: rotated.map(|rotated| rotated.op(0)),
         };
-        let launch = Launch::new(Op::NormLinear(op), &KERNEL, [n.div_ceil(rows), 1, 1])
+        let launch = Launch::new(Op::NormLinear(op), &KERNEL, [n.div_ceil(ROWS), 1, 1])
             .constant("K", k)
             .constant("N", n)
             .constant("EPS", norm.eps)
-            .constant("ROWS", rows)
+            .constant("ROWS", ROWS)
             .fill("input", "input_added")
             .fill("tile", "tile_1x2")
             .addend(addend)

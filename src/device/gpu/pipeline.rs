@@ -167,8 +167,9 @@ fn module(device: &wgpu::Device, name: &str, parsed: naga::Module, checked: bool
         return device.create_shader_module(descriptor);
     }
     // SAFETY: the sources are ours alone. Every index is bounded by the grid, an override or the Step uniform, all of
-    // which the models derive from shapes that they checked at load (tokens and positions are checked by the session; a row's `pad` is 0;
-    // `ops` and `program` are hidden from the documentation for this reason); every loop ends by such a bound.
+    // which the models derive from shapes that they checked at load (tokens and positions are checked by the session, and
+    // a row's `pad` is 0; `ops` and `program` are hidden from the documentation for this reason); every loop ends by such
+    // a bound.
     // `--checked-shaders` runs the same sources with the checks on, and a test demands equal bits.
     unsafe { device.create_shader_module_trusted(descriptor, wgpu::ShaderRuntimeChecks::unchecked()) }
 }

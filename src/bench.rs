@@ -6,7 +6,7 @@ use crate::engine::{Engine, Session, Want, write_rows};
 use crate::error::{Error, Result};
 use crate::model::Plan;
 use crate::ops::{ChosenGroup, Draws, Op, Row, Stream};
-use crate::program::{HostStages, Launch, Program, Role};
+use crate::program::{HostStages, Program, Role};
 use crate::reply::ReplyOptions;
 use crate::sampler::Sampling;
 use crate::schedule::{Request, Scheduler, SchedulerOptions};

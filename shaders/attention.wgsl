@@ -53,6 +53,8 @@ const SCORES = 256u;
 // What several lanes write for one key or share, head by head: the weights of the tile's keys; what the shares found.
 var<workgroup> weights: array<f32, KEYS * 4u>;
 var<workgroup> found: array<f32, SHARES * 4u>;
+// The same of eight shares each.
+var<workgroup> eights: array<f32, 32>;
 // Where the keys of the tile stand in the cache.
 var<workgroup> places: array<u32, KEYS>;
 
@@ -67,6 +69,13 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     let row = rows[t];
     let head = PART_FIRST * (H / HK) + group.x * HEADS;
     let kv_head = head / (H / HK);
+    // Queries and sinks are sent for before it is known where the keys are.
+    var q = vec4<f32>(0.0);
+    for (var h = 0u; h < 4u; h++) {
+        let found = qkv[(t * (H + 2u * HK) + head + min(h, HEADS - 1u)) * DH + min(lane, DH - 1u)];
+        q[h] = select(0.0, found, h < HEADS && lane < DH);
+    }
+    prepare(head + min(lane / quads, HEADS - 1u));
     let begin = first_key(row.position);
     let share = share_of(group.z, row.position + 1u - begin);
     let first = begin + share.x;
@@ -74,16 +83,13 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     if first >= last {
         return; // the whole workgroup: the row has fewer segments
     }
-    // Bounds that the compiler does not know keep the code short.
+    // Bounds that the compiler does not know keep the code short; so does what it knows of full batches.
     let few = 4u + row.pad;
-    let elements = (quads + BATCH * PAIR - 1u) / (BATCH * PAIR) * BATCH * PAIR * few; // zeros behind the last, to whole batches
-    for (var d = lane; d < elements; d += WG) {
-        var q = vec4<f32>(0.0);
-        for (var h = 0u; h < 4u; h++) {
-            let found = qkv[(t * (H + 2u * HK) + head + min(h, HEADS - 1u)) * DH + min(d, DH - 1u)];
-            q[h] = select(0.0, found, h < HEADS && d < DH);
-        }
-        room[d] = q;
+    let batches = (quads + BATCH * PAIR - 1u) / (BATCH * PAIR);
+    let even_quads = quads % (BATCH * PAIR) == 0u;
+    let even_teams = HALF % quads == 0u && KEYS % (BATCH * (HALF / quads)) == 0u;
+    if lane < batches * BATCH * PAIR * 4u { // zeros behind the last, to whole batches
+        room[lane] = q;
     }
     // Scores: which lane of which pair. Weights: one head of which share. Sums: of which half, its team, and the quad.
     let part = lane % PAIR;
@@ -105,7 +111,8 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         for (var i = part; i < quads * few / 4u; i += BATCH * PAIR) {
             var ks: array<vec4<f32>, BATCH>;
             for (var m = 0u; m < BATCH; m++) {
-                ks[m] = key4(place + min(i + m * PAIR, quads - 1u));
+                let quad = i + m * PAIR;
+                ks[m] = key4(place + select(min(quad, quads - 1u), quad, even_quads));
             }
             for (var m = 0u; m < BATCH; m++) {
                 let key = ks[m];
@@ -131,10 +138,15 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         }
         found[s * 4u + h] = most;
         workgroupBarrier(); // the largest of all shares are there
-        for (var i = 0u; i < SHARES / 4u * few; i += 4u) {
-            for (var m = 0u; m < 4u; m++) {
-                most = max(most, found[(i + m) * 4u + h]);
-            }
+        for (var m = 0u; m < 8u; m++) {
+            most = max(most, found[(s % 8u * 8u + m) * 4u + h]);
+        }
+        if s < 8u {
+            eights[lane] = most;
+        }
+        workgroupBarrier(); // the largest of eight shares each are there
+        for (var m = 0u; m < 8u; m++) {
+            most = max(most, eights[m * 4u + h]);
         }
         if tile > first {
             let less = exp_f32(before - most);
@@ -158,12 +170,14 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         for (var n = team; n < weighty * few / 4u; n += BATCH * teams) {
             var vs: array<vec4<f32>, BATCH>;
             for (var m = 0u; m < BATCH; m++) {
-                vs[m] = value4(places[min(n + m * teams, KEYS - 1u)] + quad);
+                let i = n + m * teams;
+                vs[m] = value4(places[select(min(i, KEYS - 1u), i, even_teams)] + quad);
             }
             for (var m = 0u; m < BATCH; m++) {
                 let i = n + m * teams;
-                let at = min(i, KEYS - 1u) * 4u + half * 2u;
-                let w = select(vec2<f32>(0.0), vec2<f32>(weights[at], weights[at + 1u]), team < teams && i < KEYS);
+                let at = select(min(i, KEYS - 1u), i, even_teams) * 4u + half * 2u;
+                let there = even_teams || (team < teams && i < KEYS);
+                let w = select(vec2<f32>(0.0), vec2<f32>(weights[at], weights[at + 1u]), there);
                 sum0 = fma(vec4<f32>(w.x), vs[m], sum0);
                 sum1 = fma(vec4<f32>(w.y), vs[m], sum1);
             }
@@ -177,18 +191,24 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         top[lane] = most;
     }
     workgroupBarrier(); // all teams' sums are there
-    for (var n = lane; n < HEADS * quads; n += WG) {
-        let h = n / quads;
+    if s < 8u {
+        var eight = 0.0;
+        for (var m = 0u; m < 8u; m++) {
+            eight += found[(s * 8u + m) * 4u + h];
+        }
+        eights[lane] = eight;
+    }
+    workgroupBarrier(); // the weights of eight shares each are there
+    if lane < HEADS * quads {
+        let h = lane / quads;
         var all = 0.0;
-        for (var i = 0u; i < SHARES / 4u * few; i += 8u) {
-            for (var m = 0u; m < 8u; m++) {
-                all += found[(i + m) * 4u + h];
-            }
+        for (var m = 0u; m < 8u; m++) {
+            all += eights[m * 4u + h];
         }
         var sum = vec4<f32>(0.0);
         for (var i = 0u; i < teams * few / 4u; i++) {
-            sum += room[h * HALF + i * quads + n % quads];
+            sum += room[h * HALF + i * quads + lane % quads];
         }
-        result(t, head + h, group.z, n % quads, sum, top[h], all);
+        result(t, head + h, group.z, lane % quads, sum, top[h], all);
     }
 }

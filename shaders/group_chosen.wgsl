@@ -30,6 +30,10 @@ fn score(i: u32) -> f32 {
     return scores[i];
 }
 
+fn one() -> u32 {
+    return min(arrayLength(&scores), 1u);
+}
+
 fn how_many(which: vec4<bool>) -> u32 {
     let ones = select(vec4<u32>(0u), vec4<u32>(1u), which);
     return ones.x + ones.y + ones.z + ones.w;

@@ -20,6 +20,10 @@ fn score(i: u32) -> f32 {
     return scores[i];
 }
 
+fn one() -> u32 {
+    return min(arrayLength(&scores), 1u);
+}
+
 @compute @workgroup_size(WG)
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) lane: u32) {
     choose(group.x, 1u, lane, WG);

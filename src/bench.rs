@@ -5,7 +5,7 @@ use crate::device::{Buffer, Device};
 use crate::engine::{Engine, Session, Want, write_rows};
 use crate::error::{Error, Result};
 use crate::model::Plan;
-use crate::ops::{ChosenGroup, Draws, Op, Row, Stream};
+use crate::ops::{ChosenGroup, Draws, MoeDownAdd, Op, Row, Stream};
 use crate::program::{HostStages, Program, Role};
 use crate::reply::ReplyOptions;
 use crate::sampler::Sampling;
@@ -71,7 +71,7 @@ fn bytes_of(program: &Program, at: usize, position: u64) -> u64 {
     match &launch.op {
         Op::Linear(_) | Op::NormLinear(_) => weights + read(&["bias"]),
         Op::MoeUp(op) => (weights as f64 * touched(op.a, op.e)) as u64,
-        Op::MoeDown(op) => (weights as f64 * touched(op.a, op.e)) as u64,
+        Op::MoeDown(op) | Op::MoeDownAdd(MoeDownAdd(op)) => (weights as f64 * touched(op.a, op.e)) as u64,
         Op::Attention(op) => {
             let seen = if op.window == 0 { position + 1 } else { (position + 1).min(u64::from(op.window)) };
             u64::from(op.rows) * 2 * op.format.bytes(seen * u64::from(op.held[1]) * u64::from(op.dh))

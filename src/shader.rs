@@ -61,6 +61,8 @@ pub(crate) const FOLD: Slot = Slot { name: "fold", fillings: &["fold_subgroup", 
 pub(crate) const TILE: Slot = Slot { name: "tile", fillings: &["tile_1x2", "tile_2x4", "tile_4x2", "tile_4x4"] };
 /// The same of experts, whose codes take longer to decode than to read.
 pub(crate) const EXPERT_TILE: Slot = Slot { name: "tile", fillings: &["tile_1x4", "tile_2x4", "tile_4x4"] };
+/// The same of one route.
+pub(crate) const ROUTE_TILE: Slot = Slot { name: "tile", fillings: &["tile_1x4"] };
 /// The same for one row.
 pub(crate) const ROW_TILE: Slot = Slot { name: "tile", fillings: &["tile_1x2"] };
 /// The routes that a workgroup carries.
@@ -69,7 +71,9 @@ pub(crate) const ROUTES: Slot = Slot { name: "routes", fillings: &["routes_each"
 pub(crate) const UP_ROUTES: Slot =
     Slot { name: "routes", fillings: &["routes_each", "routes_grouped", "routes_chosen"] };
 /// Input that is made on the way.
-pub(crate) const ADDED_INPUT: Slot = Slot { name: "input", fillings: &["input_added"] };
+pub(crate) const NORMED_INPUT: Slot = Slot { name: "input", fillings: &["input_normed"] };
+/// What it is made of: a row as it is, or with what is added to it.
+pub(crate) const RESIDUAL: Slot = Slot { name: "residual", fillings: &["residual_added", "residual_whole"] };
 /// Where a row of a linear layer goes.
 pub(crate) const OUTPUT: Slot = Slot { name: "output", fillings: &["output_rows", "output_rotated"] };
 /// Whether heads are normalised before they are rotated.
@@ -119,8 +123,8 @@ shared!(
     "head",
     "heads_normed",
     "heads_plain",
-    "input_added",
     "input_f32",
+    "input_normed",
     "input_nvfp4",
     "lanes_32",
     "lanes_8",
@@ -135,6 +139,8 @@ shared!(
     "philox",
     "reduce_shared",
     "reduce_subgroup",
+    "residual_added",
+    "residual_whole",
     "result_segment",
     "result_whole",
     "rotate",

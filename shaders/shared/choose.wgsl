@@ -1,5 +1,5 @@
 // choose: the A experts of each of some rows with the largest scores, the lower index first among equals. The kernel gives
-// score(i), number i of [T, E].
+// score(i), number i of [T, E], and one(): a 1 that compilers do not know, so that a loop stays one.
 #import routing
 #import exp
 override ALL: u32;
@@ -25,7 +25,7 @@ fn choose(t: u32, count: u32, lane: u32, lanes: u32) {
         let e = i % E;
         let s = vec4<f32>(held_score(row, e));
         var before = vec4<u32>(0u);
-        for (var o = 0u; o < quads; o++) {
+        for (var o = 0u; o < quads * one(); o++) {
             let others = held[row * quads + o];
             let index = vec4<u32>(o * 4u) + FOUR;
             let first = (others > s) | ((others == s) & (index < vec4<u32>(e)));

@@ -55,7 +55,7 @@ impl GptOss {
 }
 
 impl Layers for GptOss {
-    fn block(&self, p: &mut Program, idx: usize, s: &State, addend: Option<Addend>) -> Addend {
+    fn block(&self, p: &mut Program, idx: usize, s: &State, addend: Option<Addend>) -> Option<Addend> {
         let (l, c) = (&self.layers[idx], &self.config);
         let name = |what: &'static str| move || format!("layers.{idx}.{what}");
         let [d, e, a] = [c.hidden_size, c.num_local_experts, c.num_experts_per_tok];
@@ -70,8 +70,6 @@ impl Layers for GptOss {
 
         let choice = Router { e: e as u32, a: form.a, normalise: true };
         s.experts_up(p, norm(c), idx, (l.mlp_norm, &l.router, choice), [&l.up, &l.down], form);
-        s.down(p, [&l.up, &l.down], form.a, name("mlp.up.staged"));
-        p.stage(name("mlp.down"), s.y, a * d);
-        s.routed(form.a)
+        s.experts_down(p, idx, [&l.up, &l.down], form.a)
     }
 }

@@ -47,7 +47,7 @@ impl Llama {
 }
 
 impl Layers for Llama {
-    fn block(&self, p: &mut Program, idx: usize, s: &State, addend: Option<Addend>) -> Addend {
+    fn block(&self, p: &mut Program, idx: usize, s: &State, addend: Option<Addend>) -> Option<Addend> {
         let (l, c) = (&self.layers[idx], &self.config);
         let name = |what: &'static str| move || format!("layers.{idx}.{what}");
         let kv = &s.kv[idx];
@@ -59,6 +59,6 @@ impl Layers for Llama {
         p.stage(name("attn_out"), s.delta, c.hidden_size);
 
         l.mlp.record(p, norm(c), idx, l.mlp_norm, s);
-        Addend::Rows(s.delta)
+        Some(Addend::Rows(s.delta))
     }
 }

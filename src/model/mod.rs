@@ -39,8 +39,8 @@ pub struct Progress {
 /// A family's weights, and how it records a layer.
 trait Layers: Debug + Send + Sync {
     /// Record layer `idx`: from the residual stream `s.x`, to which the layer before still has to add `addend`, to what
-    /// this one adds.
-    fn block(&self, p: &mut Program, idx: usize, s: &State, addend: Option<Addend>) -> Addend;
+    /// this one adds, if it has not done so itself.
+    fn block(&self, p: &mut Program, idx: usize, s: &State, addend: Option<Addend>) -> Option<Addend>;
 }
 
 /// A model's weights on a device. Shared by all sessions, never written after loading.
@@ -131,7 +131,7 @@ impl Model {
 
     fn layers(&self, p: &mut Program, s: &State) -> Option<Addend> {
         let layers = 0..self.config.num_hidden_layers;
-        layers.fold(None, |addend, idx| Some(self.layers.block(p, idx, s, addend)))
+        layers.fold(None, |addend, idx| self.layers.block(p, idx, s, addend))
     }
 
     /// The step over `tokens` generated rows that see `reach` positions at most, the logits of all of them, and a token

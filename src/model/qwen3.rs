@@ -53,7 +53,7 @@ impl Qwen3 {
 }
 
 impl Layers for Qwen3 {
-    fn block(&self, p: &mut Program, idx: usize, s: &State, addend: Option<Addend>) -> Addend {
+    fn block(&self, p: &mut Program, idx: usize, s: &State, addend: Option<Addend>) -> Option<Addend> {
         let (l, c) = (&self.layers[idx], &self.config);
         let name = |what: &'static str| move || format!("layers.{idx}.{what}");
         let kv = &s.kv[idx];
@@ -65,6 +65,6 @@ impl Layers for Qwen3 {
         p.stage(name("attn_out"), s.delta, c.hidden_size);
 
         l.mlp.record(p, norm(c), idx, l.mlp_norm, s);
-        Addend::Rows(s.delta)
+        Some(Addend::Rows(s.delta))
     }
 }

@@ -68,7 +68,7 @@ impl Qwen3Moe {
 }
 
 impl Layers for Qwen3Moe {
-    fn block(&self, p: &mut Program, idx: usize, s: &State, addend: Option<Addend>) -> Addend {
+    fn block(&self, p: &mut Program, idx: usize, s: &State, addend: Option<Addend>) -> Option<Addend> {
         let (l, c) = (&self.layers[idx], &self.config);
         let name = |what: &'static str| move || format!("layers.{idx}.{what}");
         let kv = &s.kv[idx];
@@ -82,16 +82,14 @@ impl Layers for Qwen3Moe {
         match &l.mlp {
             Feed::Dense(mlp) => {
                 mlp.record(p, norm(c), idx, l.mlp_norm, s);
-                Addend::Rows(s.delta)
+                Some(Addend::Rows(s.delta))
             }
             Feed::Experts { router, up, down } => {
                 let [e, a] = [c.num_local_experts, c.num_experts_per_tok];
                 let form = Swiglu { a: a as u32, rows: GateUp::Halves, gate: Gate::Silu };
                 let choice = Router { e: e as u32, a: form.a, normalise: c.norm_topk_prob };
                 s.experts_up(p, norm(c), idx, (l.mlp_norm, router, choice), [up, down], form);
-                s.down(p, [up, down], form.a, name("mlp.up.staged"));
-                p.stage(name("mlp.down"), s.y, a * c.hidden_size);
-                s.routed(form.a)
+                s.experts_down(p, idx, [up, down], form.a)
             }
         }
     }

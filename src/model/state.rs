@@ -8,7 +8,7 @@ use crate::error::{Error, Result};
 use crate::format::Format;
 use crate::ops::{
     ActScale, Activations, Addend, CacheFormat, ChosenGroup, Drawing, Drawn, ExpertScales, Experts, Group, HeadNorm,
-    Input, InputScales, Kept, KvCache, MoeScatter, NormLinear, PARTS, Peak, Piece, Projection, RmsNorm, Rotated,
+    Input, InputScales, Kept, KvCache, MoeDownAdd, MoeScatter, NormLinear, PARTS, Peak, Piece, Projection, RmsNorm, Rotated,
     Router, Routes, Routing, Row, StageActivation, Staging, Step, Swiglu, Weight, segments_within, staged_words,
 };
 use crate::program::{HostStages, Program, Role, Slice};
@@ -357,22 +357,24 @@ impl State {
         let (norm, heads, kv) = (norm(c), heads(c), &self.kv[idx]);
         let to = Rotated { heads, rows: self.rows, table: self.rope_table, cache: kv };
         let mut rotated = false;
-        match addend {
-            Some(addend) if self.fuses(p) && NormLinear::takes(w) => {
-                rotated = head_gains.is_none() && kv.len() == 1;
-                let to = rotated.then_some(to);
-                p.norm_linear(norm, (self.mid, addend, gain), [self.x, self.h], w, to, self.qkv);
-                p.stage(|| format!("layers.{}.hidden", idx - 1), self.x, norm.d as usize);
-                p.stage(name("attn_norm"), self.h, norm.d as usize);
-            }
-            addend => {
-                match addend {
-                    Some(addend) => self.end_layer(p, norm, addend, gain, idx - 1),
-                    None => p.rms_norm(norm, self.x, gain, self.h),
+        if self.fuses(p) && NormLinear::takes(w) {
+            rotated = head_gains.is_none() && kv.len() == 1;
+            let to = rotated.then_some(to);
+            match addend {
+                None => p.norm_linear(norm, (self.x, None, gain), self.h, w, to, self.qkv),
+                Some(addend) => {
+                    p.norm_linear(norm, (self.mid, Some((addend, self.x)), gain), self.h, w, to, self.qkv);
+                    p.stage(|| format!("layers.{}.hidden", idx - 1), self.x, norm.d as usize);
                 }
-                p.stage(name("attn_norm"), self.h, norm.d as usize);
-                self.project(p, w, self.h, self.qkv, name("attn_norm.staged"));
             }
+            p.stage(name("attn_norm"), self.h, norm.d as usize);
+        } else {
+            match addend {
+                Some(addend) => self.end_layer(p, norm, addend, gain, idx - 1),
+                None => p.rms_norm(norm, self.x, gain, self.h),
+            }
+            p.stage(name("attn_norm"), self.h, norm.d as usize);
+            self.project(p, w, self.h, self.qkv, name("attn_norm.staged"));
         }
         if !rotated {
             p.stage(name("qkv"), self.qkv, w.n as usize);
@@ -389,11 +391,6 @@ impl State {
         }
     }
 
-    /// What a layer's experts add: the weighted sum of `y`.
-    pub(super) fn routed(&self, a: u32) -> Addend {
-        Addend::Routes { a, routes: self.routes, x: self.y, sum: self.delta }
-    }
-
     /// Record what follows attention in layer `idx`: its output into the residual stream, the norm. Whether `y = w h + bias`
     /// was recorded, too; if not, it is the caller's.
     pub(super) fn after_attention(
@@ -406,7 +403,8 @@ impl State {
     ) -> bool {
         let fused = self.fuses(p) && NormLinear::takes(w);
         if fused {
-            p.norm_linear(norm, (self.x, Addend::Rows(self.delta), gain), [self.mid, self.h], w, None, y);
+            let added = (Addend::Rows(self.delta), self.mid);
+            p.norm_linear(norm, (self.x, Some(added), gain), self.h, w, None, y);
             p.stage(|| format!("layers.{idx}.mlp_norm"), self.h, norm.d as usize);
         } else {
             self.mlp_norm(p, norm, idx, gain);
@@ -554,13 +552,28 @@ impl State {
         p.stage(name("mlp.up"), self.e, (form.a * up.weight.n / 2) as usize);
     }
 
-    /// Record the experts' second matrix, from `e` to `y`.
-    pub(super) fn down(&self, p: &mut Program, experts: [&Experts; 2], a: u32, name: impl Fn() -> String) {
-        let down = experts[1];
+    /// Record the experts' second matrix in layer `idx`, from `e`. What is still to be added to the residual stream, if that was
+    /// not done in the same launch.
+    pub(super) fn experts_down(&self, p: &mut Program, idx: usize, experts: [&Experts; 2], a: u32) -> Option<Addend> {
+        let name = |what: &'static str| move || format!("layers.{idx}.{what}");
+        let (down, d) = (experts[1], experts[1].weight.n as usize);
+        if self.adds_routes(p, a, experts) {
+            p.moe_down_add(down, a, self.routes, self.e, [self.mid, self.x]);
+            p.stage(name("hidden"), self.x, d);
+            return None;
+        }
         let (given, _) = self.expert_scales(down);
-        let input = self.quantised(p, &down.weight, self.e, Rows::Routes { a }, given, &name);
+        let input = self.quantised(p, &down.weight, self.e, Rows::Routes { a }, given, &name("mlp.up.staged"));
         let routing = self.routing(p, a, experts);
         p.moe_down(down, a, routing, input, self.y);
+        p.stage(name("mlp.down"), self.y, a as usize * d);
+        Some(Addend::Routes { a, routes: self.routes, x: self.y, sum: self.delta })
+    }
+
+    /// Whether routes are weighted, summed and added by the launch of the experts' second matrix: the same bits in less time.
+    fn adds_routes(&self, p: &Program, a: u32, experts: [&Experts; 2]) -> bool {
+        let one_by_one = matches!(self.routing(p, a, experts), Routing::Each(_));
+        one_by_one && self.fuses(p) && MoeDownAdd::takes(experts[1], a)
     }
 
     /// The calibrated scales of experts, and whether each has its own.

@@ -47,11 +47,11 @@ pub use head_norm::HeadNorm;
 pub use input::{Input, InputFormat, decode_staged, staged_words};
 pub use layout::Layout;
 pub use linear::{Linear, Piece, Projection};
-pub use moe_down::MoeDown;
+pub use moe_down::{MoeDown, MoeDownAdd};
 pub use moe_scatter::MoeScatter;
 pub use moe_up::{ExpertScales, Experts, GateUp, MoeUp, Swiglu};
 pub use narrow::Narrow;
-pub use norm_linear::NormLinear;
+pub use norm_linear::{NormLinear, Normed};
 pub use rms_norm::RmsNorm;
 pub use rope::{CacheFormat, KvCache, Rope, Rotated};
 pub use router::{Router, Routes};
@@ -67,7 +67,7 @@ pub use weight::{Matrix, Part, Weight, WeightBytes};
 use crate::shader::Kernel;
 
 /// Every kernel there is.
-pub const KERNELS: [&Kernel; 31] = [
+pub const KERNELS: [&Kernel; 32] = [
     &add::KERNEL,
     &add_norm::KERNEL,
     &amax::KERNEL,
@@ -85,6 +85,7 @@ pub const KERNELS: [&Kernel; 31] = [
     &linear::MATRIX,
     &moe_down::KERNEL,
     &moe_down::MATRIX,
+    &moe_down::ADD,
     &moe_scatter::KERNEL,
     &moe_up::KERNEL,
     &moe_up::MATRIX,
@@ -119,6 +120,7 @@ pub enum Op {
     HeadNorm(HeadNorm),
     Linear(Linear),
     MoeDown(MoeDown),
+    MoeDownAdd(MoeDownAdd),
     MoeScatter(MoeScatter),
     MoeUp(MoeUp),
     Narrow(Narrow),
@@ -151,6 +153,7 @@ impl Op {
             Op::HeadNorm(op) => op.twin(tokens, views),
             Op::Linear(op) => op.twin(tokens, views),
             Op::MoeDown(op) => op.twin(tokens, views),
+            Op::MoeDownAdd(op) => op.twin(tokens, views),
             Op::MoeScatter(op) => op.twin(tokens, views),
             Op::MoeUp(op) => op.twin(tokens, views),
             Op::Narrow(op) => op.twin(views),

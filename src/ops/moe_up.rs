@@ -21,6 +21,9 @@ pub(crate) const MATRIX: Kernel = Kernel {
     slots: &[BLOCK, MATRIX_TILES, WEIGHTS, E2M1, BIAS, GLU],
 };
 
+/// Workgroups that keep a large GPU busy.
+const ENOUGH: u32 = 512;
+
 /// One of a layer's two expert matrices: a weight for each expert, and what belongs to it.
 #[derive(Debug)]
 pub struct Experts {
@@ -113,6 +116,9 @@ impl Program {
         let (x, routing, k, f) = (x.into(), routing.into(), up.weight.k, up.weight.n / 2);
         let Swiglu { a, rows, gate } = form;
         let Carried { tile, tiles, rows: height, spans } = routing.carried(self.tokens, a, up.weight.experts);
+        // Each workgroup chooses anew: fewer of them, where there are enough.
+        let taller = matches!(routing, Routing::Chosen(..)) && (2 * f).div_ceil(2 * height) * tiles >= ENOUGH;
+        let height = if taller { 2 * height } else { height };
         let (each, matrix) = (routing.routes(), matches!(routing, Routing::ByMatrix(..)));
         let router = if let Routing::Chosen(router, ..) = routing { Some(router) } else { None };
         let (stride, second) = match rows {

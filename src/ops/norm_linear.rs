@@ -5,12 +5,12 @@ use super::linear::{Linear, Projection};
 use super::{AddNorm, Addend, InputFormat, Matrix, Op, RmsNorm, Rope, Rotated, Views};
 use crate::format::Format;
 use crate::program::{Launch, Program, Slice};
-use crate::shader::{ADDED_INPUT, ADDEND, APPEND, BIAS, E2M1, FOLD, Kernel, LANES, OUTPUT, REDUCE, ROW_TILE, WEIGHTS};
+use crate::shader::{ADDEND, APPEND, BIAS, E2M1, FOLD, Kernel, LANES, NORMED_INPUT, OUTPUT, REDUCE, RESIDUAL, ROW_TILE, WEIGHTS};
 
 pub(crate) const KERNEL: Kernel = Kernel {
     name: "norm_linear",
     source: include_str!("../../shaders/norm_linear.wgsl"),
-    slots: &[WEIGHTS, E2M1, ADDED_INPUT, ADDEND, BIAS, OUTPUT, APPEND, ROW_TILE, LANES, FOLD, REDUCE],
+    slots: &[WEIGHTS, E2M1, NORMED_INPUT, RESIDUAL, ADDEND, BIAS, OUTPUT, APPEND, ROW_TILE, LANES, FOLD, REDUCE],
 };
 
 /// For few rows of weights.
@@ -23,11 +23,20 @@ pub(crate) const FEW: Kernel = Kernel {
 /// Rows of weights of a workgroup.
 const ROWS: u32 = 16;
 
+/// What brings a row to unit root mean square.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Normed {
+    /// The norm alone.
+    Alone(RmsNorm),
+    /// Something is added before.
+    Added(AddNorm),
+}
+
 /// Constants.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct NormLinear {
-    /// What is added, and the norm.
-    pub norm: AddNorm,
+    /// What is added, if anything, and the norm.
+    pub norm: Normed,
     /// The matrix: all of its rows, f32 inputs.
     pub linear: Linear,
     /// What the result is rotated by, if it is queries, keys and values.
@@ -35,14 +44,15 @@ pub struct NormLinear {
 }
 
 impl Program {
-    /// `sum = x + addend; h = norm(sum); y = w h + bias`, of one row; `y` is rotated and appended as by [`Program::rope`] where
+    /// `sum = x + addend; h = norm(sum); y = w h + bias`, of one row; `h = norm(x)` where nothing is `added`, which comes with
+    /// where the sum goes. `y` is rotated and appended as by [`Program::rope`] where
     /// `rotated` says so, and keys and values are not written to it. The projection is one matrix in one
     /// part, and so is the cache.
     pub fn norm_linear(
         &mut self,
         norm: RmsNorm,
-        (x, addend, g): (Slice, Addend, Slice),
-        [sum, h]: [Slice; 2],
+        (x, added, g): (Slice, Option<(Addend, Slice)>, Slice),
+        h: Slice,
         w: &Projection,
         rotated: Option<Rotated<'_>>,
         y: Slice,
@@ -52,7 +62,10 @@ impl Program {
         };
         let (format, k, n) = (piece.weight.format, piece.weight.k, w.n);
         let op = NormLinear {
-            norm: AddNorm { norm, routes: addend.routes() },
+            norm: match added {
+                None => Normed::Alone(norm),
+                Some((addend, _)) => Normed::Added(AddNorm { norm, routes: addend.routes() }),
+            },
             linear: Linear { format, input: InputFormat::F32, k, n, first: 0, count: n },
             rope: rotated.map(|rotated| rotated.op(0)),
         };
@@ -61,16 +74,18 @@ impl Program {
             .constant("N", n)
             .constant("EPS", norm.eps)
             .constant("ROWS", ROWS)
-            .fill("input", "input_added")
+            .fill("input", "input_normed")
             .fill("tile", "tile_1x2")
-            .addend(addend)
             .weight(format, part)
             .bias(w.bias)
             .read("x", x)
             .read("g", g)
-            .write("sum", sum)
             .write("h", h)
             .update("y", y);
+        let launch = match added {
+            None => launch.fill("residual", "residual_whole"),
+            Some((addend, sum)) => launch.fill("residual", "residual_added").addend(addend).write("sum", sum),
+        };
         let launch = match rotated {
             None => launch.fill("output", "output_rows"),
             Some(rotated) => launch.fill("output", "output_rotated").rotated(rotated, 0),
@@ -93,7 +108,7 @@ impl Program {
         };
         let (format, k, n) = (piece.weight.format, piece.weight.k, w.n);
         let op = NormLinear {
-            norm: AddNorm { norm, routes: None },
+            norm: Normed::Added(AddNorm { norm, routes: None }),
             linear: Linear { format, input: InputFormat::F32, k, n, first: 0, count: n },
             rope: None,
         };
@@ -133,9 +148,10 @@ impl NormLinear {
         let w = views.matrix(self.linear.format, k);
         let bias = if views.has("bias") { views.bf16("bias") } else { &[] };
         let x = &views.f32("x")[..row];
-        let weights = if self.norm.routes.is_some() { views.f32("route_weights") } else { &[] };
-        let (addends, g) = (views.f32("addends"), views.bf16("g"));
-        let (sum, h, y) = (views.f32_mut("sum"), &mut views.f32_mut("h")[..row], &mut views.f32_mut("y")[..out]);
+        let weights = if views.has("route_weights") { views.f32("route_weights") } else { &[] };
+        let addends = if views.has("addends") { views.f32("addends") } else { &[] };
+        let sum = if views.has("sum") { views.f32_mut("sum") } else { &mut [] };
+        let (g, h, y) = (views.bf16("g"), &mut views.f32_mut("h")[..row], &mut views.f32_mut("y")[..out]);
         let Some(rope) = self.rope else {
             self.reference((&w, bias), (x, addends, weights), g, [sum, h, y]);
             return;
@@ -150,7 +166,7 @@ impl NormLinear {
     }
 
     /// What comes before a rotation. `w [N, K]`, `bias [N]` or empty, `x`, `sum`, `h`: `[T, K]`; `g [K]`; `addends`: `[T, K]`, or
-    /// `[T, A, K]` with their `weights [T, A]`; `y [T, N]`.
+    /// `[T, A, K]` with their `weights [T, A]`; `y [T, N]`. Where nothing is added, `addends`, `weights` and `sum` are not looked at.
     pub fn reference(
         &self,
         (w, bias): (&Matrix<'_>, &[half::bf16]),
@@ -158,7 +174,10 @@ impl NormLinear {
         g: &[half::bf16],
         [sum, h, y]: [&mut [f32]; 3],
     ) {
-        self.norm.reference(x, addends, weights, g, sum, h);
+        match self.norm {
+            Normed::Alone(norm) => norm.reference(x, g, h),
+            Normed::Added(norm) => norm.reference(x, addends, weights, g, sum, h),
+        }
         self.linear.reference(w, bias, h, y);
     }
 }

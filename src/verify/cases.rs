@@ -15,7 +15,7 @@ use crate::ops::{
 use crate::program::{HostStages, Program, Role, Slice};
 use crate::sampler::{POWERS, Rule, Sampling};
 use crate::trace::record::stats_program;
-use experts::{chosen_group, group, moe, moe_by_matrix, moe_scatter, router};
+use experts::{chosen_group, group, moe, moe_by_matrix, moe_down_add, moe_scatter, router};
 
 const EPS: f64 = f32::EPSILON as f64;
 
@@ -128,6 +128,7 @@ pub(super) fn cases(matrix: bool) -> Vec<(&'static str, Vec<Case>)> {
         ),
         ("moe_up", moe(false)),
         ("moe_down", moe(true)),
+        ("moe_down_add", FORMATS.into_iter().enumerate().map(|(i, format)| moe_down_add(format, i % 2 == 0)).collect()),
         ("moe_scatter", vec![moe_scatter()]),
         ("glu", [Gate::Silu, Gate::Clamped { limit: 7.0, alpha: 1.702 }].map(glu).into()),
         ("amax", vec![amax()]),
@@ -223,14 +224,16 @@ fn add_norm(a: usize) -> Case {
     })
 }
 
-/// What a decode step does with one row in one launch, and with several in two or three: after a row or the weighted sum of
-/// `a` routes; rotated into a cache.
+/// What a decode step does with one row in one launch, and with several in two or three: after nothing, a row or the weighted sum
+/// of `a` routes; rotated into a cache.
 fn norm_linear(format: Format, a: usize, bias: bool, cache: Option<CacheFormat>) -> Case {
     // Heads of FP4 fill their workgroups, the others end within one.
     let ([h, hk, dh], d) = ([3, 1, if format.is_fp4() { 16 } else { 20 }], columns(format, 352));
     let n = (h + 2 * hk) * dh;
+    let added = a;
+    let a = a.max(1);
     let what =
-        format!("{format} N={n} K={d}, {a} routes, {}", cache.map_or("a row".into(), |c| format!("{c:?} cache")));
+        format!("{format} N={n} K={d}, {added} routes, {}", cache.map_or("a row".into(), |c| format!("{c:?} cache")));
     case(what, 8.0 * sum_of(d + a), move |b, which| {
         let mut random = Random(d as u64);
         let norm = RmsNorm { d: d as u32, eps: 1e-5 };
@@ -243,12 +246,14 @@ fn norm_linear(format: Format, a: usize, bias: bool, cache: Option<CacheFormat>)
         let (sum, normed, step) = (b.output(t * d)?, b.output(t * d)?, b.step(t)?);
         let y = b.guarded(&vec![0.5; t * n])?;
         let routes = Routes { experts: weights, weights };
-        let addend = match a {
-            1 => Addend::Rows(addends),
-            _ => Addend::Routes { a: a as u32, routes, x: addends, sum: normed },
+        let addend = match added {
+            0 => None,
+            1 => Some(Addend::Rows(addends)),
+            _ => Some(Addend::Routes { a: a as u32, routes, x: addends, sum: normed }),
         };
         let w = Projection { pieces: vec![Piece { weight, first: 0, input_scale: None }], n: n as u32, bias };
-        let mut outputs = vec![Output::near(sum, d), Output::near(normed, d)];
+        let mut outputs = vec![Output::near(normed, d)];
+        outputs.extend(addend.map(|_| Output::near(sum, d)));
         let heads = [h as u32, hk as u32, dh as u32];
         let appended;
         let rotated = match cache {
@@ -275,9 +280,12 @@ fn norm_linear(format: Format, a: usize, bias: bool, cache: Option<CacheFormat>)
         };
         let mut p = program(t);
         if t == 1 {
-            p.norm_linear(norm, (x, addend, g), [sum, normed], &w, rotated, y);
+            p.norm_linear(norm, (x, addend.map(|addend| (addend, sum)), g), normed, &w, rotated, y);
         } else {
-            p.add_norm(norm, x, addend, g, [sum, normed]);
+            match addend {
+                None => p.rms_norm(norm, x, g, normed),
+                Some(addend) => p.add_norm(norm, x, addend, g, [sum, normed]),
+            }
             p.projection(step, &w, normed, y);
             if let Some(Rotated { heads, rows, table, cache }) = rotated {
                 p.rope(heads, rows, table, y, cache);
@@ -292,7 +300,8 @@ fn norm_linear(format: Format, a: usize, bias: bool, cache: Option<CacheFormat>)
 fn norm_linears() -> Vec<Case> {
     let caches = [None, Some(CacheFormat::F32), Some(CacheFormat::Bf16)];
     let case = |(i, format): (usize, Format)| norm_linear(format, 1 + 2 * (i % 2), i % 3 > 0, caches[i % 3]);
-    FORMATS.into_iter().enumerate().map(case).collect()
+    let alone = |(i, format): (usize, Format)| norm_linear(format, 0, i % 3 == 0, caches[(i + 1) % 3]);
+    FORMATS.into_iter().enumerate().map(case).chain(FORMATS.into_iter().enumerate().map(alone)).collect()
 }
 
 /// A router behind its norm, of few experts and of many.

@@ -1,21 +1,29 @@
 //! Launches that do what several others do: the same bits, and near the twin.
 
-use super::{FORMATS, check_on, experts, matrix, program, step, weight};
+use super::{FORMATS, check_on, experts, matrix, program, routes, step, weight};
 use crate::harness::{Bench, Random, gpus, sum_tolerance};
 use fourfold::format::Format;
 use fourfold::ops::{
-    Addend, CacheFormat, HeadNorm, KvCache, NormLinear, Piece, Projection, RmsNorm, Rotated, Router, Routes, Routing,
+    Addend, CacheFormat, HeadNorm, KvCache, MoeDownAdd, MoeScatter, NormLinear, Piece, Projection, RmsNorm, Rotated, Router, Routes, Routing,
     Row, Swiglu,
 };
 use fourfold::program::{Program, Slice};
 
 const EPS: f32 = 1e-5;
 
-/// One row: sum, h, and y or what is rotated of it. D, N and routes; heads where y is queries, keys and values.
+/// What is added to a row before its norm.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Added {
+    Nothing,
+    Row,
+    Routes(usize),
+}
+
+/// One row: sum where something is added, h, and y or what is rotated of it. D, N; heads where y is queries, keys and values.
 fn norm_linear_case(
     b: &mut Bench,
     format: Format,
-    ([d, n], a): ([usize; 2], Option<usize>),
+    ([d, n], added): ([usize; 2], Added),
     heads: Option<([u32; 3], CacheFormat)>,
     fused: bool,
 ) -> (Program, Vec<Slice>) {
@@ -28,16 +36,17 @@ fn norm_linear_case(
     let w = Projection { pieces: vec![piece], n: n as u32, bias };
     assert!(NormLinear::takes(&w));
     let (x, g) = (b.input(&random.f32s(d)), b.input(&random.bf16s(d)));
-    let addends = b.input(&random.f32s(a.unwrap_or(1) * d));
-    let weights = b.input(&random.f32s(a.unwrap_or(1)));
+    let a = if let Added::Routes(a) = added { a } else { 1 };
+    let (addends, weights) = (b.input(&random.f32s(a * d)), b.input(&random.f32s(a)));
     let (sum, h, scattered) = (b.output(d), b.output(d), b.output(d));
     let y = if heads.is_some() { b.guarded(&vec![0.25; n]) } else { b.output(n) };
     let routes = Routes { experts: weights, weights };
-    let addend = match a {
-        Some(a) => Addend::Routes { a: a as u32, routes, x: addends, sum: scattered },
-        None => Addend::Rows(addends),
+    let addend = match added {
+        Added::Nothing => None,
+        Added::Row => Some(Addend::Rows(addends)),
+        Added::Routes(a) => Some(Addend::Routes { a: a as u32, routes, x: addends, sum: scattered }),
     };
-    let mut outputs = vec![sum, h, y];
+    let mut outputs = vec![h, y];
     let turned = heads.map(|([q, hk, dh], format)| {
         let (page, pages) = (4, 3);
         let elements = (2 * page * pages * hk * dh) as usize;
@@ -53,17 +62,21 @@ fn norm_linear_case(
         let row = Row { token: 3, sequence: 1, position: 9, pad: 0 };
         let rows = b.input(bytemuck::cast_slice::<_, u32>(&[row]));
         let table = b.input(&random.f32s(16 * dh as usize));
-        outputs = vec![sum, h, y, cache.keys, cache.values];
+        outputs = vec![h, y, cache.keys, cache.values];
         ([q, hk, dh], rows, table, [cache])
     });
     let rotated =
         turned.as_ref().map(|(heads, rows, table, cache)| Rotated { heads: *heads, rows: *rows, table: *table, cache });
     let step = step(b, 1);
+    outputs.extend(addend.map(|_| sum));
     let mut p = program(1);
     if fused {
-        p.norm_linear(norm, (x, addend, g), [sum, h], &w, rotated, y);
+        p.norm_linear(norm, (x, addend.map(|addend| (addend, sum)), g), h, &w, rotated, y);
     } else {
-        p.add_norm(norm, x, addend, g, [sum, h]);
+        match addend {
+            None => p.rms_norm(norm, x, g, h),
+            Some(addend) => p.add_norm(norm, x, addend, g, [sum, h]),
+        }
         p.projection(step, &w, h, y);
         if let Some(Rotated { heads, rows, table, cache }) = rotated {
             p.rope(heads, rows, table, y, cache);
@@ -76,19 +89,27 @@ fn norm_linear_case(
 #[test]
 fn norm_linear_has_the_bits_of_its_parts() {
     // Rows of one group of lanes and of several, matrices that end within a workgroup, all that can be filled in.
-    let shapes = [([64, 32], None), ([576, 515], Some(4)), ([4128, 40], Some(3)), ([64, 528], None)];
+    let shapes = [
+        ([64, 32], Added::Row),
+        ([576, 515], Added::Routes(4)),
+        ([4128, 40], Added::Routes(3)),
+        ([64, 528], Added::Row),
+        ([4128, 36], Added::Nothing),
+    ];
     let heads = [([2, 1, 8], CacheFormat::F32), ([6, 2, 20], CacheFormat::Bf16), ([2, 1, 16], CacheFormat::F32)];
     for format in FORMATS {
         let rounded = |d: usize| d.next_multiple_of(format.block());
         let plain = shapes.map(|([d, n], a)| (([rounded(d), n], a), None));
-        let turned = heads.map(|(heads @ [h, hk, dh], cache)| {
-            (([rounded(352), ((h + 2 * hk) * dh) as usize], Some(2)), Some((heads, cache)))
+        let turned = [Added::Routes(2), Added::Nothing].into_iter().flat_map(|added| {
+            heads.map(|(heads @ [h, hk, dh], cache)| {
+                (([rounded(352), ((h + 2 * hk) * dh) as usize], added), Some((heads, cache)))
+            })
         });
         for (shape, heads) in plain.into_iter().chain(turned) {
             let what = format!("norm_linear {format} {shape:?} {heads:?}");
             // A cache in bf16 has its own steps.
             if heads.is_none_or(|(_, cache)| cache == CacheFormat::F32) {
-                let near = 8.0 * sum_tolerance(shape.0[0] + shape.1.unwrap_or(1));
+                let near = 8.0 * sum_tolerance(shape.0[0] + 4);
                 check_on(&what, near, gpus(), |b| norm_linear_case(b, format, shape, heads, true));
             }
             for (gpu, device) in gpus() {
@@ -98,7 +119,7 @@ fn norm_linear_has_the_bits_of_its_parts() {
                     assert_eq!(p.launches.len(), if fused { 1 } else { 2 + usize::from(heads.is_some()) });
                     let mut words = b.run(&p, &outputs);
                     if let Some(([q, _, dh], _)) = heads {
-                        words[2].truncate((q * dh) as usize); // keys and values stand in the cache only
+                        words[1].truncate((q * dh) as usize); // keys and values stand in the cache only
                     }
                     words
                 };
@@ -239,5 +260,53 @@ fn experts_that_choose_have_the_bits_of_those_that_are_told() {
             let (p, outputs) = case(b, true);
             (p, outputs[1..].to_vec())
         });
+    }
+}
+
+/// `y = residual + sum_a weights (w_e x + bias)`, in one launch or three.
+fn moe_down_add_case(
+    b: &mut Bench,
+    format: Format,
+    [t, e, a, d, k]: [usize; 5],
+    fused: bool,
+) -> (Program, Vec<Slice>) {
+    let mut random = Random((d * k + a) as u64);
+    let down = experts(b, &mut random, format, [e, d, k]);
+    let chosen = routes(&mut random, t, e, a);
+    let routes = Routes { experts: b.input(&chosen), weights: b.input(&random.f32s(t * a)) };
+    let (x, residual) = (b.input(&random.f32s(t * a * k)), b.input(&random.f32s(t * d)));
+    let (each, sum, y) = (b.output(t * a * d), b.output(t * d), b.output(t * d));
+    let mut p = program(t);
+    if fused {
+        assert!(MoeDownAdd::takes(&down, a as u32));
+        p.moe_down_add(&down, a as u32, routes, x, [residual, y]);
+    } else {
+        p.moe_down(&down, a as u32, routes.experts, x, each);
+        p.moe_scatter(MoeScatter { a: a as u32, d: d as u32 }, routes, each, sum);
+        p.add(d as u32, residual, sum, y);
+    }
+    b.keep(down.weight);
+    (p, vec![y])
+}
+
+#[test]
+fn moe_down_add_has_the_bits_of_its_parts() {
+    // Fewer slots than groups of lanes and more, more spans than slots, rows that end within a workgroup, one route and eight.
+    let shapes: [[usize; 5]; 4] = [[1, 3, 1, 8, 64], [1, 8, 4, 66, 576], [3, 9, 8, 40, 352], [2, 5, 3, 5, 4224]];
+    for [t, e, a, d, k] in shapes {
+        for format in FORMATS {
+            let shape = [t, e, a, d, k.next_multiple_of(format.block())];
+            let what = format!("moe_down_add {format} {shape:?}");
+            check_on(&what, 4.0 * sum_tolerance(k + a), gpus(), |b| moe_down_add_case(b, format, shape, true));
+            for (gpu, device) in gpus() {
+                let run = |fused| {
+                    let mut b = Bench::new(device);
+                    let (p, outputs) = moe_down_add_case(&mut b, format, shape, fused);
+                    assert_eq!(p.launches.len(), if fused { 1 } else { 3 });
+                    b.run(&p, &outputs)
+                };
+                assert!(run(true) == run(false), "{what}: other bits on {gpu}");
+            }
+        }
     }
 }

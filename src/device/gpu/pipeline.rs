@@ -32,6 +32,8 @@ pub(super) struct Compile {
     /// Lanes that share a row of weights: 32 where subgroups have as many, else 8. Of the adapter, also where its
     /// subgroups are not used, so that the bits stay.
     pub(super) wide: bool,
+    /// Most groups of such lanes in a workgroup that has as many as it can use.
+    pub(super) teams: u32,
     /// FP4 codes by a table instead of by subnormal halves.
     pub(super) table_decode: bool,
     /// Keep wgpu's bounds and loop checks in the shaders.
@@ -129,11 +131,18 @@ fn compile(device: &wgpu::Device, launch: &Launch, options: Compile, cache: Opti
     let name = shader::label(launch.kernel, &fillings);
     let source = shader::compose(launch.kernel, &fillings);
     let parsed = shader::parse(&name, &source).map_err(Error::Device)?;
-    if parsed.overrides.iter().any(|(_, o)| o.name.as_deref() == Some("SLOTS")) {
+    let takes = |wanted| parsed.overrides.iter().any(|(_, o)| o.name.as_deref() == Some(wanted));
+    if takes("SLOTS") {
         let width = |wanted| launch.constants.iter().find(|(name, _)| *name == wanted).map(|(_, width)| *width as u32);
         let width = width("K").or_else(|| width("D")).expect("a kernel whose lanes share a row has its width");
         let lanes = if options.wide { 32 } else { 8 };
-        constants.push(("SLOTS", f64::from(width.div_ceil(16).div_ceil(lanes).clamp(1, 8))));
+        let slots = width.div_ceil(16).div_ceil(lanes).clamp(1, 8);
+        constants.push(("SLOTS", f64::from(slots)));
+        // Groups of lanes that share the slots of all routes evenly.
+        if let Some((_, routes)) = launch.constants.iter().find(|(name, _)| *name == "A" && takes("TEAMS")) {
+            let (items, most) = (*routes as u32 * slots, options.teams);
+            constants.push(("TEAMS", f64::from(items.div_ceil(items.div_ceil(most)))));
+        }
     }
     let bindings = shader::bindings(&parsed);
     let scope = device.push_error_scope(wgpu::ErrorFilter::Validation);

@@ -108,6 +108,32 @@ pub(super) fn moe(second: bool) -> Vec<Case> {
     all
 }
 
+/// The end of a layer: of one row in one launch, of several in three.
+pub(super) fn moe_down_add(format: Format, bias: bool) -> Case {
+    let (e, a, d, k) = (6, 3, if format.is_fp4() { 32 } else { 35 }, columns(format, 352));
+    case(format!("{format} E={e} A={a} D={d} K={k}"), 4.0 * sum_of(k + a), move |b, which| {
+        let mut random = Random((d * k) as u64);
+        let mut experts = b.experts(&mut random, format, [e, d, k])?;
+        experts.bias = experts.bias.filter(|_| bias);
+        let (chosen, weights) = (pick(&chosen(&mut random, e, a), a, which), pick(&random.f32s(ROWS * a), a, which));
+        let (x, residual) = (random.f32s(ROWS * a * k), random.f32s(ROWS * d));
+        let (x, residual) = (b.input(&pick(&x, a * k, which))?, b.input(&pick(&residual, d, which))?);
+        let routes = Routes { experts: b.input(&chosen)?, weights: b.input(&weights)? };
+        let t = which.len();
+        let (each, sum, y) = (b.output(t * a * d)?, b.output(t * d)?, b.output(t * d)?);
+        let mut p = program(t);
+        if t == 1 {
+            p.moe_down_add(&experts, a as u32, routes, x, [residual, y]);
+        } else {
+            p.moe_down(&experts, a as u32, routes.experts, x, each);
+            p.moe_scatter(MoeScatter { a: a as u32, d: d as u32 }, routes, each, sum);
+            p.add(d as u32, residual, sum, y);
+        }
+        b.keep(experts.weight);
+        Ok((p, vec![Output::near(y, d)]))
+    })
+}
+
 pub(super) fn moe_by_matrix(format: Format, second: bool) -> Case {
     moe_case(Form { routing: How::Matrix, ..Form::new(format, second) })
 }

@@ -1,31 +1,27 @@
-// Fills slot `input`: one row of the residual stream with what has been computed and not yet added to it, brought to unit root
-// mean square: what add_norm makes, to the bit. The first workgroup writes the sum and the row down.
+// Fills slot `input`: one row of the residual stream, brought to unit root mean square: what add_norm or rms_norm makes, to the
+// bit. The first workgroup writes it down.
 #import sixteen
 #import norm
 #import bf16
-#import addend
-@group(0) @binding(4) var<storage, read> x: array<vec4<f32>>;
+#import residual
 @group(0) @binding(11) var<storage, read> g: array<vec2<u32>>;
-@group(0) @binding(12) var<storage, read_write> sum: array<vec4<f32>>;
 @group(0) @binding(13) var<storage, read_write> h: array<vec4<f32>>;
 
 const INPUT_UNIT = 1.0;
 const INPUT_SCALES_ROUND = false;
 
 var<private> scale_of_row: f32;
-// The lane's first sixteen of the sum: mostly all that it has.
+// The lane's first sixteen and their gains: mostly all that it has.
 var<private> own: array<vec4<f32>, 4>;
-
-fn sum_at(q: u32) -> vec4<f32> {
-    return x[q] + addend(0u, q, K / 4u);
-}
+var<private> gains: array<vec2<u32>, 4>;
 
 // Quad q of the four from 4i on.
 fn normed(i: u32, q: u32) -> vec4<f32> {
-    let gain = g[i * 4u + q];
     var v = own[q];
+    var gain = gains[q];
     if i >= LANES * WARPS {
-        v = sum_at(i * 4u + q);
+        v = residual_at(i * 4u + q);
+        gain = g[i * 4u + q];
     }
     return v * scale_of_row * bf16x4(gain.x, gain.y);
 }
@@ -35,13 +31,14 @@ fn normalise(lane: u32, first: bool) {
     var share = 0.0;
     for (var i = lane; i < K / 16u; i += LANES * WARPS) {
         for (var q = 0u; q < 4u; q++) {
-            let v = sum_at(i * 4u + q);
+            let v = residual_at(i * 4u + q);
             if i == lane {
                 own[q] = v;
+                gains[q] = g[i * 4u + q];
             }
             share = squares(v, share);
             if first {
-                sum[i * 4u + q] = v;
+                keep(i * 4u + q, v);
             }
         }
     }

@@ -50,17 +50,14 @@ const BATCH = 4u;
 // scores. In the end the teams' sums, of one head after the other.
 var<workgroup> room: array<vec4<f32>, 4u * HALF>;
 const SCORES = 256u;
-// What several lanes write for one key or share, head by head: the weights of the tile's keys; what the shares found.
+// What several lanes write for one key or share, head by head: the weights of the tile's keys, in the end the sums of eight shares
+// each, and behind them the largest scores.
 var<workgroup> weights: array<f32, KEYS * 4u>;
-var<workgroup> found: array<f32, SHARES * 4u>;
-// The same of eight shares each.
-var<workgroup> eights: array<f32, 32>;
-// Where the keys of the tile stand in the cache.
-var<workgroup> places: array<u32, KEYS>;
-
-// By head: the largest score, and by how much the last tile shrank what was there.
-var<workgroup> top: array<f32, 4>;
-var<workgroup> shrink: array<f32, 4>;
+const TOPS = 32u;
+// What the shares found, head by head; between, where the keys of the tile stand in the cache, and behind them by how much the
+// tile shrank what was there. All in all 11 KiB, with which four workgroups fit where a GPU has 48 for them.
+var<workgroup> found: array<u32, SHARES * 4u>;
+const SHRINK = KEYS;
 
 @compute @workgroup_size(WG)
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) lane: u32) {
@@ -69,13 +66,12 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     let row = rows[t];
     let head = PART_FIRST * (H / HK) + group.x * HEADS;
     let kv_head = head / (H / HK);
-    // Queries and sinks are sent for before it is known where the keys are.
+    // Queries are sent for before it is known where the keys are.
     var q = vec4<f32>(0.0);
     for (var h = 0u; h < 4u; h++) {
         let found = qkv[(t * (H + 2u * HK) + head + min(h, HEADS - 1u)) * DH + min(lane, DH - 1u)];
         q[h] = select(0.0, found, h < HEADS && lane < DH);
     }
-    prepare(head + min(lane / quads, HEADS - 1u));
     let begin = first_key(row.position);
     let share = share_of(group.z, row.position + 1u - begin);
     let first = begin + share.x;
@@ -124,9 +120,6 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
             }
         }
         room[SCORES + part * KEYS + pair] = dots;
-        if part == 0u {
-            places[pair] = place;
-        }
         workgroupBarrier(); // all scores of the tile are there
         var scores: array<f32, KEYS / SHARES>;
         let before = most;
@@ -136,23 +129,28 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
             scores[n] = select(-3.0e38, score, tile + i < last); // keys past the end weigh e^-inf = 0
             most = max(most, scores[n]);
         }
-        found[s * 4u + h] = most;
+        found[lane] = bitcast<u32>(most);
         workgroupBarrier(); // the largest of all shares are there
-        for (var m = 0u; m < 8u; m++) {
-            most = max(most, found[(s % 8u * 8u + m) * 4u + h]);
-        }
-        if s < 8u {
-            eights[lane] = most;
+        if lane < 8u { // nobody reads scores any more
+            var eight = vec4<f32>(-3.0e38);
+            for (var m = 0u; m < 8u; m++) {
+                let at = (lane * 8u + m) * 4u;
+                eight = max(eight, bitcast<vec4<f32>>(vec4<u32>(found[at], found[at + 1u], found[at + 2u], found[at + 3u])));
+            }
+            room[SCORES + lane] = eight;
         }
         workgroupBarrier(); // the largest of eight shares each are there
         for (var m = 0u; m < 8u; m++) {
-            most = max(most, eights[m * 4u + h]);
+            most = max(most, room[SCORES + m][h]);
+        }
+        if part == 0u {
+            found[pair] = place;
         }
         if tile > first {
             let less = exp_f32(before - most);
             total *= less;
             if lane < 4u {
-                shrink[lane] = less;
+                found[SHRINK + lane] = bitcast<u32>(less);
             }
         }
         for (var n = 0u; n < KEYS / SHARES; n++) {
@@ -162,8 +160,8 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         }
         workgroupBarrier(); // all weights are there
         if tile > first {
-            sum0 *= shrink[half * 2u];
-            sum1 *= shrink[half * 2u + 1u];
+            sum0 *= bitcast<f32>(found[SHRINK + half * 2u]);
+            sum1 *= bitcast<f32>(found[SHRINK + half * 2u + 1u]);
         }
         // Keys that weigh nothing are left out, and heads that are not there.
         let weighty = select(0u, min(KEYS, last - tile), half * 2u < HEADS);
@@ -171,7 +169,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
             var vs: array<vec4<f32>, BATCH>;
             for (var m = 0u; m < BATCH; m++) {
                 let i = n + m * teams;
-                vs[m] = value4(places[select(min(i, KEYS - 1u), i, even_teams)] + quad);
+                vs[m] = value4(found[select(min(i, KEYS - 1u), i, even_teams)] + quad);
             }
             for (var m = 0u; m < BATCH; m++) {
                 let i = n + m * teams;
@@ -183,32 +181,32 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
             }
         }
     }
-    // Since the last barrier nobody reads queries, scores or maxima.
+    workgroupBarrier(); // nobody reads places or weights any more
     room[half * WG + lane % HALF] = sum0;
     room[half * WG + HALF + lane % HALF] = sum1;
-    found[s * 4u + h] = total;
+    found[lane] = bitcast<u32>(total);
     if lane < 4u {
-        top[lane] = most;
+        weights[TOPS + lane] = most;
     }
     workgroupBarrier(); // all teams' sums are there
     if s < 8u {
         var eight = 0.0;
         for (var m = 0u; m < 8u; m++) {
-            eight += found[(s * 8u + m) * 4u + h];
+            eight += bitcast<f32>(found[(s * 8u + m) * 4u + h]);
         }
-        eights[lane] = eight;
+        weights[lane] = eight;
     }
-    workgroupBarrier(); // the weights of eight shares each are there
+    workgroupBarrier(); // the sums of eight shares each are there
     if lane < HEADS * quads {
         let h = lane / quads;
         var all = 0.0;
         for (var m = 0u; m < 8u; m++) {
-            all += eights[m * 4u + h];
+            all += weights[m * 4u + h];
         }
         var sum = vec4<f32>(0.0);
         for (var i = 0u; i < teams * few / 4u; i++) {
             sum += room[h * HALF + i * quads + lane % quads];
         }
-        result(t, head + h, group.z, lane % quads, sum, top[h], all);
+        result(t, head + h, group.z, lane % quads, sum, weights[TOPS + h], all);
     }
 }

@@ -11,17 +11,15 @@ const INPUT_UNIT = 1.0;
 const INPUT_SCALES_ROUND = false;
 
 var<private> scale_of_row: f32;
-// The lane's first sixteen and their gains: mostly all that it has.
+// The lane's first sixteen: mostly all that it has.
 var<private> own: array<vec4<f32>, 4>;
-var<private> gains: array<vec2<u32>, 4>;
 
 // Quad q of the four from 4i on.
 fn normed(i: u32, q: u32) -> vec4<f32> {
+    let gain = g[i * 4u + q];
     var v = own[q];
-    var gain = gains[q];
     if i >= LANES * WARPS {
         v = residual_at(i * 4u + q);
-        gain = g[i * 4u + q];
     }
     return v * scale_of_row * bf16x4(gain.x, gain.y);
 }
@@ -34,7 +32,6 @@ fn normalise(lane: u32, first: bool) {
             let v = residual_at(i * 4u + q);
             if i == lane {
                 own[q] = v;
-                gains[q] = g[i * 4u + q];
             }
             share = squares(v, share);
             if first {

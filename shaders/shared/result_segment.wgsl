@@ -7,8 +7,6 @@ fn share_of(place: u32, visible: u32) -> vec2<u32> {
     return vec2<u32>(min(place * each, visible), min((place + 1u) * each, visible));
 }
 
-fn prepare(h: u32) {}
-
 // Quad `quad` of head h of row t: what a segment's keys gave, their largest score and the sum of their weights.
 fn result(t: u32, h: u32, place: u32, quad: u32, sum: vec4<f32>, m: f32, total: f32) {
     let at = (((t - FIRST) * H + h) * SEGMENTS + place) * (DH / 4u + 1u);

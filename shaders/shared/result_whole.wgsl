@@ -6,15 +6,9 @@ fn share_of(place: u32, visible: u32) -> vec2<u32> {
     return vec2<u32>(0u, visible);
 }
 
-var<private> open: vec2<f32>;
-
-// For head h; sent for before it is needed.
-fn prepare(h: u32) {
-    open = opening(h);
-}
-
 // Quad `quad` of head h of row t: what a segment's keys gave, their largest score and the sum of their weights.
 fn result(t: u32, h: u32, place: u32, quad: u32, sum: vec4<f32>, m: f32, total: f32) {
+    let open = opening(h);
     // One of the two weighs 1.
     let less = exp_f32(-abs(m - open.x));
     let weight = select(less, 1.0, m >= open.x);

@@ -8,8 +8,9 @@ use crate::error::{Error, Result};
 use crate::format::Format;
 use crate::ops::{
     ActScale, Activations, Addend, CacheFormat, ChosenGroup, Drawing, Drawn, ExpertScales, Experts, Group, HeadNorm,
-    Input, InputScales, Kept, KvCache, MoeDownAdd, MoeScatter, NormLinear, PARTS, Peak, Piece, Projection, RmsNorm, Rotated,
-    Router, Routes, Routing, Row, StageActivation, Staging, Step, Swiglu, Weight, segments_within, staged_words,
+    Input, InputScales, Kept, KvCache, MoeDownAdd, MoeScatter, NormLinear, PARTS, Peak, Piece, Projection, RmsNorm,
+    Rotated, Router, Routes, Routing, Row, StageActivation, Staging, Step, Swiglu, Weight, segments_within,
+    staged_words,
 };
 use crate::program::{HostStages, Program, Role, Slice};
 use crate::sampler::{POWERS, Rule};

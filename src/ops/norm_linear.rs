@@ -5,7 +5,9 @@ use super::linear::{Linear, Projection};
 use super::{AddNorm, Addend, InputFormat, Matrix, Op, RmsNorm, Rope, Rotated, Views};
 use crate::format::Format;
 use crate::program::{Launch, Program, Slice};
-use crate::shader::{ADDEND, APPEND, BIAS, E2M1, FOLD, Kernel, LANES, NORMED_INPUT, OUTPUT, REDUCE, RESIDUAL, ROW_TILE, WEIGHTS};
+use crate::shader::{
+    ADDEND, APPEND, BIAS, E2M1, FOLD, Kernel, LANES, NORMED_INPUT, OUTPUT, REDUCE, RESIDUAL, ROW_TILE, WEIGHTS,
+};
 
 pub(crate) const KERNEL: Kernel = Kernel {
     name: "norm_linear",

@@ -4,8 +4,8 @@ use super::{FORMATS, check_on, experts, matrix, program, routes, step, weight};
 use crate::harness::{Bench, Random, gpus, sum_tolerance};
 use fourfold::format::Format;
 use fourfold::ops::{
-    Addend, CacheFormat, HeadNorm, KvCache, MoeDownAdd, MoeScatter, NormLinear, Piece, Projection, RmsNorm, Rotated, Router, Routes, Routing,
-    Row, Swiglu,
+    Addend, CacheFormat, HeadNorm, KvCache, MoeDownAdd, MoeScatter, NormLinear, Piece, Projection, RmsNorm, Rotated,
+    Router, Routes, Routing, Row, Swiglu,
 };
 use fourfold::program::{Program, Slice};
 
@@ -264,12 +264,7 @@ fn experts_that_choose_have_the_bits_of_those_that_are_told() {
 }
 
 /// `y = residual + sum_a weights (w_e x + bias)`, in one launch or three.
-fn moe_down_add_case(
-    b: &mut Bench,
-    format: Format,
-    [t, e, a, d, k]: [usize; 5],
-    fused: bool,
-) -> (Program, Vec<Slice>) {
+fn moe_down_add_case(b: &mut Bench, format: Format, [t, e, a, d, k]: [usize; 5], fused: bool) -> (Program, Vec<Slice>) {
     let mut random = Random((d * k + a) as u64);
     let down = experts(b, &mut random, format, [e, d, k]);
     let chosen = routes(&mut random, t, e, a);

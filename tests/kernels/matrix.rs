@@ -42,9 +42,18 @@ fn linear_by_matrix_units() {
         b.run(&p, &outputs).swap_remove(0)
     };
     for format in FORMATS.into_iter().filter(|f| f.fits_half()) {
-        for (t, shape) in
-            [(1, [128, 32]), (3, [8, 128]), (64, [130, 96]), (65, [384, 256]), (70, [8192, 64]), (200, [72, 2880])]
-        {
+        // The last two end within a round of 32 of K, where blocks of the format do.
+        for (t, [n, k]) in [
+            (1, [128, 32]),
+            (3, [8, 128]),
+            (64, [130, 96]),
+            (65, [384, 256]),
+            (70, [8192, 64]),
+            (200, [72, 2880]),
+            (5, [40, 80]),
+            (130, [200, 336]),
+        ] {
+            let shape = [n, usize::next_multiple_of(k, format.block())];
             let got = run(&gpu, format, 0..t, shape);
             let want = run(&cpu(), format, 0..t, shape);
             assert_near(&format!("{format:?} T={t} N, K={shape:?}"), &got, &want, TOLERANCE);
@@ -61,14 +70,20 @@ fn linear_by_matrix_units() {
 fn experts_by_matrix_units() {
     let Some(gpu) = matrix_gpu() else { return };
     for format in FORMATS.into_iter().filter(|f| f.fits_half()) {
-        for ([t, e, a], halves) in [([1, 4, 2], false), ([70, 5, 4], false), ([40, 3, 2], true), ([130, 2, 1], true)] {
-            let k = 96usize.next_multiple_of(format.block());
+        for ([t, e, a, k], halves) in [
+            ([1, 4, 2, 96], false),
+            ([70, 5, 4, 96], false),
+            ([40, 3, 2, 96], true),
+            ([130, 2, 1, 96], true),
+            ([70, 5, 4, 80], false), // ends within a round of 32, where blocks of the format do
+        ] {
+            let k = usize::next_multiple_of(k, format.block());
             for (second, n) in [(false, 70), (true, 135)] {
                 let run = |device: &Arc<dyn Device>, routes, which: &[usize]| {
                     let form = Form { routes, halves, ..PLAIN };
                     output_of(device, |b| moe_case(b, format, [t, e, a, n, k], form, second, which))
                 };
-                let what = format!("{format:?} T={t} E={e} A={a} second={second} halves={halves}");
+                let what = format!("{format:?} T={t} E={e} A={a} K={k} second={second} halves={halves}");
                 let (got, want) = (run(&gpu, 64, &all(t)), run(&cpu(), 64, &all(t)));
                 assert_near(&what, &got, &want, TOLERANCE);
                 assert!(run(&gpu, 16, &all(t)) == got, "{what}: tiles of 16 and of 64 give other bits");

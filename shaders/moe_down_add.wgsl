@@ -13,7 +13,7 @@
 // out       y         f32   [T, D]     may alias residual
 // override  K, D, A, E, SLOTS, TEAMS
 // slots     weights, e2m1, bias, tile, lanes, fold
-// requires  K a multiple of 16; A at most 8
+// requires  K a multiple of 16; A from 2 to 8
 // twin      src/ops/moe_down.rs
 //
 // The same bits as moe_down, moe_scatter and add one after the other. The lanes are TEAMS groups of LANES; each takes one slot of

@@ -286,8 +286,8 @@ fn moe_down_add_case(b: &mut Bench, format: Format, [t, e, a, d, k]: [usize; 5],
 
 #[test]
 fn moe_down_add_has_the_bits_of_its_parts() {
-    // Fewer slots than groups of lanes and more, more spans than slots, rows that end within a workgroup, one route and eight.
-    let shapes: [[usize; 5]; 4] = [[1, 3, 1, 8, 64], [1, 8, 4, 66, 576], [3, 9, 8, 40, 352], [2, 5, 3, 5, 4224]];
+    // Fewer slots than groups of lanes and more, more spans than slots, rows that end within a workgroup, two routes and eight.
+    let shapes: [[usize; 5]; 4] = [[1, 3, 2, 8, 64], [1, 8, 4, 66, 576], [3, 9, 8, 40, 352], [2, 5, 3, 5, 4224]];
     for [t, e, a, d, k] in shapes {
         for format in FORMATS {
             let shape = [t, e, a, d, k.next_multiple_of(format.block())];

@@ -47,7 +47,7 @@ const BATCH = 4u;
 @group(0) @binding(1) var<storage, read> qkv: array<f32>;
 
 // Each a vec4 over the heads: element d of the queries in the first 256, then what each lane of a pair has of the tile's
-// scores. In the end the teams' sums, of one head after the other.
+// scores, and in their place the largest scores of eight shares each. In the end the teams' sums, of one head after the other.
 var<workgroup> room: array<vec4<f32>, 4u * HALF>;
 const SCORES = 256u;
 // What several lanes write for one key or share, head by head: the weights of the tile's keys, in the end the sums of eight shares

@@ -10,15 +10,15 @@
 //           w         slot  [E, D, K]
 //           bias      slot  [E, D]
 //           residual  f32   [T, D]
-// out       y         f32   [T, D]     may alias residual
-// override  K, D, A, E, SLOTS, TEAMS
+// out       y         f32   [T, D]     may not alias residual
+// override  K, D, A, E
 // slots     weights, e2m1, bias, tile, lanes, fold
-// requires  K a multiple of 16; A from 2 to 8
+// requires  K a multiple of 16; A at most 8
 // twin      src/ops/moe_down.rs
 //
-// The same bits as moe_down, moe_scatter and add one after the other. The lanes are TEAMS groups of LANES; each takes one slot of
-// spans (see warps) of one route at a time. The device sets TEAMS, as SLOTS.
-#import lanes
+// The same bits as moe_down, moe_scatter and add one after the other. A group of lanes takes one slot of
+// spans (see warps) of one route at a time.
+#import teams
 #import tile
 #import weights
 #import input_f32
@@ -29,8 +29,6 @@ override K: u32;
 override D: u32;
 override A: u32;
 override E: u32;
-override SLOTS: u32;
-override TEAMS: u32;
 @group(0) @binding(5) var<storage, read> experts: array<u32>;
 @group(0) @binding(6) var<storage, read_write> y: array<f32>;
 @group(0) @binding(9) var<storage, read> residual: array<f32>;
@@ -38,7 +36,8 @@ override TEAMS: u32;
 
 const ROWS = BATCH; // more would leave too few workgroups
 var<workgroup> found: array<f32, ROWS * 64u>; // [A, ROWS, SLOTS]
-// Of each route, what it gives, and how it counts.
+// Of each route how it counts, and what it gives; of the first what it adds, so that no compiler sees that product beside a sum
+// and makes one fma of both.
 var<workgroup> routed: array<vec2<f32>, ROWS * 8u>; // [A, ROWS]
 
 // Row l of the workgroup, of an expert; one that exists.
@@ -80,7 +79,10 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
             for (var l = 0u; l < ROWS; l++) {
                 values[l] = dot16(opened(stored[l], select(scales[l], scales[0] >> (l * 8u), D % ROWS == 0u)), xs);
             }
-            sum += fold(&values, lane);
+            let span = fold(&values, lane); // which every lane must call
+            if first + slot * LANES < K / 16u {
+                sum += span;
+            }
         }
         if lane % LANES < ROWS && item < A * SLOTS {
             found[(a * ROWS + kept(lane)) * SLOTS + slot] = sum;
@@ -92,12 +94,13 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         for (var slot = 0u; slot < SLOTS; slot++) {
             sum += found[lane * SLOTS + slot];
         }
-        routed[lane] = vec2<f32>(weight, fma(sum, end.x, end.y));
+        let given = fma(sum, end.x, end.y);
+        routed[lane] = vec2<f32>(weight, select(given, fma(weight, given, 0.0), lane < ROWS));
     }
     workgroupBarrier(); // all routes are there
     if lane < ROWS && d0 + lane < D {
-        var sum = 0.0;
-        for (var a = 0u; a < A; a++) {
+        var sum = routed[lane].y;
+        for (var a = 1u; a < A; a++) {
             let route = routed[a * ROWS + lane];
             sum = fma(route.x, route.y, sum);
         }

@@ -155,6 +155,7 @@ shared!(
     "sink_none",
     "sixteen",
     "step",
+    "teams",
     "tile_1x2",
     "tile_1x4",
     "tile_2x4",

@@ -118,10 +118,9 @@ impl Program {
 }
 
 impl MoeDownAdd {
-    /// Whether [`Program::moe_down_add`] can do it. Not for one route: compilers take `fma(weight, y, 0.0)` for a product, and
-    /// make one fma of that and the sum with the residual stream.
+    /// Whether [`Program::moe_down_add`] can do it.
     pub fn takes(down: &Experts, a: u32) -> bool {
-        down.weight.parts.len() == 1 && (2..=8).contains(&a)
+        down.weight.parts.len() == 1 && a <= 8
     }
 
     pub(crate) fn twin(&self, tokens: usize, views: &mut Views<'_>) {

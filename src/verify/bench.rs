@@ -3,7 +3,7 @@
 use crate::device::{Buffer, Device};
 use crate::error::Result;
 use crate::format::Format;
-use crate::ops::{Experts, Step, Weight, WeightBytes};
+use crate::ops::{Experts, NormLinear, Step, Weight, WeightBytes};
 use crate::program::{Program, Slice};
 use std::sync::Arc;
 
@@ -90,6 +90,11 @@ pub(super) struct Bench<'a> {
 impl<'a> Bench<'a> {
     pub(super) fn new(device: &'a Arc<dyn Device>) -> Self {
         Self { device, buffers: Vec::new(), weights: Vec::new() }
+    }
+
+    /// Whether the device binds what fused launches need.
+    pub(super) fn fuses(&self) -> bool {
+        self.device.limits().max_storage_buffers >= NormLinear::BINDINGS
     }
 
     pub(super) fn input<T: bytemuck::NoUninit>(&mut self, data: &[T]) -> Result<Slice> {

@@ -279,7 +279,7 @@ fn norm_linear(format: Format, a: usize, bias: bool, cache: Option<CacheFormat>)
             }
         };
         let mut p = program(t);
-        if t == 1 {
+        if t == 1 && b.fuses() {
             p.norm_linear(norm, (x, addend.map(|addend| (addend, sum)), g), normed, &w, rotated, y);
         } else {
             match addend {

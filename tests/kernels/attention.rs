@@ -176,6 +176,18 @@ fn attention() {
 }
 
 #[test]
+fn a_segment_of_several_tiles() {
+    // More than 64 tiles: two in each segment. Teams of four lanes, and of five; four heads a workgroup, and three.
+    for (shape, format) in [([4, 1, 16, 0], CacheFormat::F32), ([3, 1, 20, 0], CacheFormat::Bf16)] {
+        let op = op(shape, 8600, format);
+        let case = Case { op, role: Role::Generated { reach: 8501 }, room: 16, parts: 1 };
+        let mut rows = mixed_rows(4, 2, 8500);
+        rows[2].position = 8319; // the last segment has one tile
+        check(&format!("{op:?}"), 2.0 * sum_tolerance(8500), |b| attention_case(b, &case, &rows, 0..4));
+    }
+}
+
+#[test]
 fn a_row_of_attention_does_not_depend_on_its_neighbours_or_the_room_for_segments() {
     let op = op([6, 2, 64, 0], 300, CacheFormat::F32);
     let mut rows = mixed_rows(5, 2, 299);

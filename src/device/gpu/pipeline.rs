@@ -32,7 +32,7 @@ pub(super) struct Compile {
     /// Lanes that share a row of weights: 32 where subgroups have as many, else 8. Of the adapter, also where its
     /// subgroups are not used, so that the bits stay.
     pub(super) wide: bool,
-    /// Most groups of such lanes in a workgroup that has as many as it can use.
+    /// Most groups of such lanes in a workgroup of `moe_down_add`.
     pub(super) teams: u32,
     /// FP4 codes by a table instead of by subnormal halves.
     pub(super) table_decode: bool,

@@ -122,7 +122,7 @@ pub(super) fn moe_down_add(format: Format, bias: bool) -> Case {
         let t = which.len();
         let (each, sum, y) = (b.output(t * a * d)?, b.output(t * d)?, b.output(t * d)?);
         let mut p = program(t);
-        if t == 1 {
+        if t == 1 && b.fuses() {
             p.moe_down_add(&experts, a as u32, routes, x, [residual, y]);
         } else {
             p.moe_down(&experts, a as u32, routes.experts, x, each);
@@ -163,7 +163,7 @@ fn moe_case(form: Form) -> Case {
         let each = if form.second || form.spread { a } else { 1 };
         let x = pick(&random.f32s(ROWS * each * k), each * k, which);
         let mut p = program(which.len()).with_matrix(form.routing == How::Matrix);
-        let chooses = !form.second && !form.staged && form.routing == How::Usual && which.len() == 1;
+        let chooses = !form.second && !form.staged && form.routing == How::Usual && which.len() == 1 && b.fuses();
         let routing = match chooses {
             true => choosing(b, [e, a], &routes)?,
             false => routing(b, &mut p, [e, a], &routes, form.routing)?,

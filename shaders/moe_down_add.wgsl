@@ -25,6 +25,7 @@
 #import bias
 #import dot16
 #import fold
+#import first_route
 override K: u32;
 override D: u32;
 override A: u32;
@@ -36,8 +37,7 @@ override E: u32;
 
 const ROWS = BATCH; // more would leave too few workgroups
 var<workgroup> found: array<f32, ROWS * 64u>; // [A, ROWS, SLOTS]
-// Of each route how it counts, and what it gives; of the first what it adds, so that no compiler sees that product beside a sum
-// and makes one fma of both.
+// Of each route how it counts, and what it gives; of the first what it adds.
 var<workgroup> routed: array<vec2<f32>, ROWS * 8u>; // [A, ROWS]
 
 // Row l of the workgroup, of an expert; one that exists.
@@ -95,7 +95,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
             sum += found[lane * SLOTS + slot];
         }
         let given = fma(sum, end.x, end.y);
-        routed[lane] = vec2<f32>(weight, select(given, fma(weight, given, 0.0), lane < ROWS));
+        routed[lane] = vec2<f32>(weight, select(given, first_route(weight, given), lane < ROWS));
     }
     workgroupBarrier(); // all routes are there
     if lane < ROWS && d0 + lane < D {

@@ -8,6 +8,7 @@
 // out       y        f32  [T, D]
 // override  A, D
 // twin      src/ops/moe_scatter.rs
+#import first_route
 override A: u32;
 override D: u32;
 @group(0) @binding(0) var<storage, read> weights: array<f32>;
@@ -19,8 +20,8 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     let d = group.x * 64u + lane;
     let t = group.y;
     if d < D {
-        var sum = 0.0;
-        for (var a = 0u; a < A; a++) {
+        var sum = first_route(weights[t * A], x[t * A * D + d]);
+        for (var a = 1u; a < A; a++) {
             sum = fma(weights[t * A + a], x[(t * A + a) * D + d], sum);
         }
         y[t * D + d] = sum;

@@ -116,6 +116,7 @@ shared!(
     "e2m1_table",
     "e4m3",
     "exp",
+    "first_route",
     "fold_shared",
     "fold_subgroup",
     "glu_clamped",

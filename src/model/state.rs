@@ -568,11 +568,6 @@ impl State {
         let routing = self.routing(p, a, experts);
         p.moe_down(down, a, routing, input, self.y);
         p.stage(name("mlp.down"), self.y, a as usize * d);
-        if a == 1 && !p.in_parts {
-            // Weighted where it is added, a compiler would make one fma of both: other bits than those of the parts.
-            p.moe_scatter(MoeScatter { a, d: down.weight.n }, self.routes, self.y, self.delta);
-            return Some(Addend::Rows(self.delta));
-        }
         Some(Addend::Routes { a, routes: self.routes, x: self.y, sum: self.delta })
     }
 

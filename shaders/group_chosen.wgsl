@@ -26,14 +26,6 @@ const NONE = 0xffffffffu;
 // The expert whose tile begins with this route; NONE where none does.
 var<workgroup> begun: array<u32, WG>;
 
-fn score(i: u32) -> f32 {
-    return scores[i];
-}
-
-fn one() -> u32 {
-    return min(arrayLength(&scores), 1u);
-}
-
 fn how_many(which: vec4<bool>) -> u32 {
     let ones = select(vec4<u32>(0u), vec4<u32>(1u), which);
     return ones.x + ones.y + ones.z + ones.w;

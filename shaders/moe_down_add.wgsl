@@ -4,20 +4,20 @@
 //   y[t,d] = residual[t,d] + sum_a weights[t,a] (bias[e,d] + scale_d sum_k w[e,d,k] x[t,a,k])          e = experts[t,a]
 //
 // grid      ceil(D / ROWS) x T workgroups
-// in        experts   u32   [T, A]
-//           weights   f32   [T, A]
-//           x         f32   [T, A, K]
-//           w         slot  [E, D, K]
-//           bias      slot  [E, D]
-//           residual  f32   [T, D]
-// out       y         f32   [T, D]     may not alias residual
+// in        experts        u32   [T, A]
+//           route_weights  f32   [T, A]
+//           x              f32   [T, A, K]
+//           w              slot  [E, D, K]
+//           bias           slot  [E, D]
+//           residual       f32   [T, D]
+// out       y              f32   [T, D]     may not alias residual
 // override  K, D, A, E
 // slots     weights, e2m1, bias, tile, lanes, fold
 // requires  K a multiple of 16; A at most 8
 // twin      src/ops/moe_down.rs
 //
-// The same bits as moe_down, moe_scatter and add one after the other. A group of lanes takes one slot of
-// spans (see warps) of one route at a time.
+// The same bits as moe_down, moe_scatter and add one after the other. A group of lanes takes one slot of spans (see warps) of one
+// route at a time, so that a workgroup has all routes of few rows, and so many workgroups as keep a GPU busy.
 #import teams
 #import tile
 #import weights

@@ -16,14 +16,6 @@
 @group(0) @binding(2) var<storage, read_write> weights: array<f32>;
 const WG = 64u;
 
-fn score(i: u32) -> f32 {
-    return scores[i];
-}
-
-fn one() -> u32 {
-    return min(arrayLength(&scores), 1u);
-}
-
 @compute @workgroup_size(WG)
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) lane: u32) {
     choose(group.x, 1u, lane, WG);

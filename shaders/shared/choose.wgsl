@@ -1,5 +1,5 @@
-// choose: the A experts of each of some rows with the largest scores, the lower index first among equals. The kernel gives
-// score(i), number i of [T, E], and one(): a 1 that compilers do not know, so that a loop stays one.
+// choose: the A experts of each of some rows with the largest scores, the lower index first among equals. The kernel binds
+// scores, [T, E].
 #import routing
 #import exp
 override ALL: u32;
@@ -16,16 +16,17 @@ fn choose(t: u32, count: u32, lane: u32, lanes: u32) {
     }
     for (var i = lane; i < count * quads; i += lanes) { // those past the end do not count
         let e = min(vec4<u32>(i % quads * 4u) + FOUR, vec4<u32>(E - 1u)) + vec4<u32>((t + i / quads) * E);
-        held[i] = vec4<f32>(score(e.x), score(e.y), score(e.z), score(e.w));
+        held[i] = vec4<f32>(scores[e.x], scores[e.y], scores[e.z], scores[e.w]);
     }
     workgroupBarrier(); // `chosen` is clear, and all scores are here
+    let one = min(arrayLength(&scores), 1u); // compilers do not know it, so that the loop stays one
     // An expert's rank is the number of experts before it; the ranks are distinct, so no two lanes write one place.
     for (var i = lane; i < count * E; i += lanes) {
         let row = i / E;
         let e = i % E;
         let s = vec4<f32>(held_score(row, e));
         var before = vec4<u32>(0u);
-        for (var o = 0u; o < quads * one(); o++) {
+        for (var o = 0u; o < quads * one; o++) {
             let others = held[row * quads + o];
             let index = vec4<u32>(o * 4u) + FOUR;
             let first = (others > s) | ((others == s) & (index < vec4<u32>(e)));

@@ -1,5 +1,5 @@
-// products: rows of weights times rows of inputs, the heart of every matmul without matrix units but norm_linear_few's. A
-// workgroup has ROWS rows of weights and TOKENS rows of inputs. Its lanes share K, sixteen elements each: a lane keeps its part
+// products: rows of weights times rows of inputs, the heart of every matmul without matrix units but norm_linear_few's and
+// moe_down_add's, whose inputs change with the rows. A workgroup has ROWS rows of weights and TOKENS rows of inputs. Its lanes share K, sixteen elements each: a lane keeps its part
 // of the inputs and lets the weights pass, BATCH rows at a time. So a weight is read and decoded once for all TOKENS.
 //
 // The order of a sum is the same for any ROWS, TOKENS, BATCH and WARPS: a lane's sixteen products in index order; a tree over

@@ -5,14 +5,6 @@
 @group(0) @binding(9) var<storage, read_write> experts: array<u32>;   // [T, A]
 @group(0) @binding(10) var<storage, read_write> weights: array<f32>;  // [T, A]
 
-fn score(i: u32) -> f32 {
-    return scores[i];
-}
-
-fn one() -> u32 {
-    return min(arrayLength(&scores), 1u);
-}
-
 fn expert_of(tile: u32, lane: u32, first: bool) -> u32 {
     choose(tile / A, 1u, lane, LANES * WARPS);
     if first && tile % A == 0u {

@@ -119,7 +119,7 @@ fn sum_case(b: &mut Bench, [t, d, a]: [usize; 3], routed: bool, fused: bool) -> 
 
 #[test]
 fn add_norm_has_the_bits_of_its_parts() {
-    for shape in [[1, 4, 1], [3, 100, 4], [2, 2880, 4], [5, 1028, 8]] {
+    for shape in [[1, 4, 1], [2, 2048, 1], [3, 1028, 2], [3, 100, 4], [2, 2880, 4], [5, 1028, 8]] {
         for routed in [false, true] {
             let what = format!("add_norm {shape:?}, routes: {routed}");
             check(&what, 4.0 * EPS + sum_tolerance(shape[1] + shape[2]), |b| sum_case(b, shape, routed, true));

@@ -133,14 +133,15 @@ fn compile(device: &wgpu::Device, launch: &Launch, options: Compile, cache: Opti
     let parsed = shader::parse(&name, &source).map_err(Error::Device)?;
     let takes = |wanted| parsed.overrides.iter().any(|(_, o)| o.name.as_deref() == Some(wanted));
     if takes("SLOTS") {
-        let width = |wanted| launch.constants.iter().find(|(name, _)| *name == wanted).map(|(_, width)| *width as u32);
-        let width = width("K").or_else(|| width("D")).expect("a kernel whose lanes share a row has its width");
+        let constant = |wanted| launch.constants.iter().find(|(name, _)| *name == wanted).map(|(_, n)| *n as u32);
+        let width = constant("K").or_else(|| constant("D")).expect("a kernel whose lanes share a row has its width");
         let lanes = if options.wide { 32 } else { 8 };
         let slots = width.div_ceil(16).div_ceil(lanes).clamp(1, 8);
         constants.push(("SLOTS", f64::from(slots)));
         // Groups of lanes that share the slots of all routes evenly.
-        if let Some((_, routes)) = launch.constants.iter().find(|(name, _)| *name == "A" && takes("TEAMS")) {
-            let (items, most) = (*routes as u32 * slots, options.teams);
+        if takes("TEAMS") {
+            let routes = constant("A").expect("a kernel whose lanes share routes has their number");
+            let (items, most) = (routes * slots, options.teams);
             constants.push(("TEAMS", f64::from(items.div_ceil(items.div_ceil(most)))));
         }
     }

@@ -41,8 +41,9 @@ const HALF = WG / 2u;
 // Lanes that share a key, and lanes that share a head when weights are made.
 const PAIR = 2u;
 const SHARES = WG / 4u;
-// Quads of a key, or keys, that are sent for at once.
+// Quads of a key that are sent for at once, and values.
 const BATCH = 4u;
+const VALUES = 8u;
 @group(0) @binding(0) var<storage, read> rows: array<Row>;
 @group(0) @binding(1) var<storage, read> qkv: array<f32>;
 
@@ -83,7 +84,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     let few = 4u + row.pad;
     let batches = (quads + BATCH * PAIR - 1u) / (BATCH * PAIR);
     let even_quads = quads % (BATCH * PAIR) == 0u;
-    let even_teams = HALF % quads == 0u && KEYS % (BATCH * (HALF / quads)) == 0u;
+    let even_teams = HALF % quads == 0u && KEYS % (VALUES * (HALF / quads)) == 0u;
     if lane < batches * BATCH * PAIR * 4u { // zeros behind the last, to whole batches
         room[lane] = q;
     }
@@ -165,13 +166,13 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         }
         // Keys that weigh nothing are left out, and heads that are not there.
         let weighty = select(0u, min(KEYS, last - tile), half * 2u < HEADS);
-        for (var n = team; n < weighty * few / 4u; n += BATCH * teams) {
-            var vs: array<vec4<f32>, BATCH>;
-            for (var m = 0u; m < BATCH; m++) {
+        for (var n = team; n < weighty * few / 4u; n += VALUES * teams) {
+            var vs: array<vec4<f32>, VALUES>;
+            for (var m = 0u; m < VALUES; m++) {
                 let i = n + m * teams;
                 vs[m] = value4(found[select(min(i, KEYS - 1u), i, even_teams)] + quad);
             }
-            for (var m = 0u; m < BATCH; m++) {
+            for (var m = 0u; m < VALUES; m++) {
                 let i = n + m * teams;
                 let at = select(min(i, KEYS - 1u), i, even_teams) * 4u + half * 2u;
                 let there = even_teams || (team < teams && i < KEYS);

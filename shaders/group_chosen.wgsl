@@ -31,10 +31,16 @@ fn how_many(which: vec4<bool>) -> u32 {
     return ones.x + ones.y + ones.z + ones.w;
 }
 
+const CHOICES = 256u;
+
+fn score_at(i: u32) -> f32 {
+    return scores[i];
+}
+
 @compute @workgroup_size(WG)
 fn main(@builtin(local_invocation_index) lane: u32) {
     let routes = step.tokens * A;
-    choose(0u, step.tokens, lane, WG);
+    choose(0u, step.tokens, lane, WG, min(arrayLength(&scores), 1u));
     let expert = chosen[min(lane, routes - 1u)];
     var count = 0u;
     var place = 0u;

@@ -16,9 +16,15 @@
 @group(0) @binding(2) var<storage, read_write> weights: array<f32>;
 const WG = 64u;
 
+const CHOICES = 256u;
+
+fn score_at(i: u32) -> f32 {
+    return scores[i];
+}
+
 @compute @workgroup_size(WG)
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) lane: u32) {
-    choose(group.x, 1u, lane, WG);
+    choose(group.x, 1u, lane, WG, min(arrayLength(&scores), 1u));
     if lane < A {
         experts[group.x * A + lane] = chosen[lane];
         weights[group.x * A + lane] = weight_of(0u, lane);

@@ -5,7 +5,7 @@ use crate::device::{Buffer, Device};
 use crate::engine::{Engine, Session, Want, write_rows};
 use crate::error::{Error, Result};
 use crate::model::Plan;
-use crate::ops::{ChosenGroup, Draws, MoeDownAdd, Op, Row, Stream};
+use crate::ops::{ChosenGroup, Draws, MoeDownAdd, NormMoeUp, Op, Row, Stream};
 use crate::program::{HostStages, Program, Role};
 use crate::reply::ReplyOptions;
 use crate::sampler::Sampling;
@@ -69,8 +69,8 @@ fn bytes_of(program: &Program, at: usize, position: u64) -> u64 {
     // The share of a layer's `e` experts that `tokens` rows with `a` routes each choose at least once.
     let touched = |a: u32, e: u32| 1.0 - (1.0 - f64::from(a) / f64::from(e)).powf(tokens);
     match &launch.op {
-        Op::Linear(_) | Op::NormLinear(_) => weights + read(&["bias"]),
-        Op::MoeUp(op) => (weights as f64 * touched(op.a, op.e)) as u64,
+        Op::Linear(_) | Op::LinearAdd(_) | Op::NormLinear(_) => weights + read(&["bias", "router"]),
+        Op::MoeUp(op) | Op::NormMoeUp(NormMoeUp { up: op, .. }) => (weights as f64 * touched(op.a, op.e)) as u64,
         Op::MoeDown(op) | Op::MoeDownAdd(MoeDownAdd(op)) => (weights as f64 * touched(op.a, op.e)) as u64,
         Op::Attention(op) => {
             let seen = if op.window == 0 { position + 1 } else { (position + 1).min(u64::from(op.window)) };

@@ -28,6 +28,8 @@ pub(crate) const WEIGHTS: Slot = Slot { name: "weights", fillings: &WEIGHT_FILES
 const WEIGHT_FILES: [&str; 5] = ["weights_bf16", "weights_fp8", "weights_fp8_blocks", "weights_mxfp4", "weights_nvfp4"];
 /// The rows that a matrix is multiplied with: as they are, or quantised.
 pub(crate) const INPUT: Slot = Slot { name: "input", fillings: &["input_f32", "input_nvfp4"] };
+/// The same where nothing is quantised.
+pub(crate) const F32_INPUT: Slot = Slot { name: "input", fillings: &["input_f32"] };
 /// The gated activation.
 pub(crate) const GLU: Slot = Slot { name: "glu", fillings: &["glu_clamped", "glu_silu"] };
 /// What is added to the residual stream: rows, or the weighted sum of routes.
@@ -61,9 +63,9 @@ pub(crate) const FOLD: Slot = Slot { name: "fold", fillings: &["fold_subgroup", 
 pub(crate) const TILE: Slot = Slot { name: "tile", fillings: &["tile_1x2", "tile_2x4", "tile_4x2", "tile_4x4"] };
 /// The same of experts, whose codes take longer to decode than to read.
 pub(crate) const EXPERT_TILE: Slot = Slot { name: "tile", fillings: &["tile_1x4", "tile_2x4", "tile_4x4"] };
-/// The same of one route.
+/// The same of one route, or one row.
 pub(crate) const ROUTE_TILE: Slot = Slot { name: "tile", fillings: &["tile_1x4"] };
-/// The same for one row.
+/// The same, half as many rows of weights at a time.
 pub(crate) const ROW_TILE: Slot = Slot { name: "tile", fillings: &["tile_1x2"] };
 /// The routes that a workgroup carries.
 pub(crate) const ROUTES: Slot = Slot { name: "routes", fillings: &["routes_each", "routes_grouped"] };
@@ -74,6 +76,8 @@ pub(crate) const UP_ROUTES: Slot =
 pub(crate) const NORMED_INPUT: Slot = Slot { name: "input", fillings: &["input_normed"] };
 /// What it is made of: a row as it is, or with what is added to it.
 pub(crate) const RESIDUAL: Slot = Slot { name: "residual", fillings: &["residual_added", "residual_whole"] };
+/// The same where nothing is added.
+pub(crate) const WHOLE_RESIDUAL: Slot = Slot { name: "residual", fillings: &["residual_whole"] };
 /// Where a row of a linear layer goes.
 pub(crate) const OUTPUT: Slot = Slot { name: "output", fillings: &["output_rows", "output_rotated"] };
 /// Whether heads are normalised before they are rotated.

@@ -128,8 +128,8 @@ fn bindings_fit_any_adapter() {
         assert_eq!((names.len(), numbers.len()), (bindings.len(), bindings.len()), "{name}: a name or number twice");
         let storage = bindings.iter().filter(|b| !b.uniform).count();
         // What is fused binds more, where an adapter allows it.
-        let fused =
-            name.starts_with("norm_linear") || name.starts_with("moe_down_add") || name.contains("routes_chosen");
+        let wide = ["norm_linear", "norm_moe_up", "linear_add", "moe_down_add"];
+        let fused = wide.iter().any(|kernel| name.starts_with(kernel)) || name.contains("routes_chosen");
         let most = if fused { fourfold::ops::NormLinear::BINDINGS as usize } else { 8 };
         assert!(storage <= most, "{name} binds {storage} storage buffers; WebGPU's default is 8");
         for (_, v) in module.global_variables.iter() {

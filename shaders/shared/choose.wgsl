@@ -1,14 +1,14 @@
-// choose: the A experts of each of some rows with the largest scores, the lower index first among equals. The kernel binds
-// scores, [T, E].
+// choose: the A experts of each of some rows with the largest scores, the lower index first among equals. The kernel gives
+// CHOICES, and score_at(t E + e).
 #import routing
 #import exp
 override ALL: u32;
-var<workgroup> held: array<vec4<f32>, 256>; // [count, E], four scores each
-var<workgroup> chosen: array<u32, 256>; // [count, A]
+var<workgroup> held: array<vec4<f32>, CHOICES>; // [count, E], four scores each
+var<workgroup> chosen: array<u32, CHOICES>; // [count, A]
 
-// Of `count` rows from row t on: count ceil(E / 4) and count A are at most 256. Every lane of a workgroup of `lanes` must call
-// it.
-fn choose(t: u32, count: u32, lane: u32, lanes: u32) {
+// Of `count` rows from row t on: count ceil(E / 4) and count A are at most CHOICES. Every lane of a workgroup of `lanes` must call
+// it. `one` is 1, in a way that compilers do not know: with it a loop stays one.
+fn choose(t: u32, count: u32, lane: u32, lanes: u32, one: u32) {
     const FOUR = vec4<u32>(0u, 1u, 2u, 3u);
     let quads = (E + 3u) / 4u;
     for (var i = lane; i < count * A; i += lanes) {
@@ -16,10 +16,9 @@ fn choose(t: u32, count: u32, lane: u32, lanes: u32) {
     }
     for (var i = lane; i < count * quads; i += lanes) { // those past the end do not count
         let e = min(vec4<u32>(i % quads * 4u) + FOUR, vec4<u32>(E - 1u)) + vec4<u32>((t + i / quads) * E);
-        held[i] = vec4<f32>(scores[e.x], scores[e.y], scores[e.z], scores[e.w]);
+        held[i] = vec4<f32>(score_at(e.x), score_at(e.y), score_at(e.z), score_at(e.w));
     }
     workgroupBarrier(); // `chosen` is clear, and all scores are here
-    let one = min(arrayLength(&scores), 1u); // compilers do not know it, so that the loop stays one
     // An expert's rank is the number of experts before it; the ranks are distinct, so no two lanes write one place.
     for (var i = lane; i < count * E; i += lanes) {
         let row = i / E;

@@ -5,8 +5,14 @@
 @group(0) @binding(9) var<storage, read_write> experts: array<u32>;   // [T, A]
 @group(0) @binding(10) var<storage, read_write> weights: array<f32>;  // [T, A]
 
+const CHOICES = 256u;
+
+fn score_at(i: u32) -> f32 {
+    return scores[i];
+}
+
 fn expert_of(tile: u32, lane: u32, first: bool) -> u32 {
-    choose(tile / A, 1u, lane, LANES * WARPS);
+    choose(tile / A, 1u, lane, LANES * WARPS, min(arrayLength(&scores), 1u));
     if first && tile % A == 0u {
         for (var a = lane; a < A; a += LANES * WARPS) {
             experts[tile + a] = chosen[a];

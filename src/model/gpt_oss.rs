@@ -58,18 +58,16 @@ impl Layers for GptOss {
     fn block(&self, p: &mut Program, idx: usize, s: &State, addend: Option<Addend>) -> Option<Addend> {
         let (l, c) = (&self.layers[idx], &self.config);
         let name = |what: &'static str| move || format!("layers.{idx}.{what}");
-        let [d, e, a] = [c.hidden_size, c.num_local_experts, c.num_experts_per_tok];
+        let [e, a] = [c.num_local_experts, c.num_experts_per_tok];
         let form = Swiglu::gpt_oss(a as u32, [c.swiglu_limit, c.swiglu_alpha]);
         let kv = &s.kv[idx];
 
         s.queries(p, c, idx, addend, (l.attn_norm, &l.qkv, None));
         p.attention(attention(c, idx, kv), s.step, [s.rows, s.qkv, s.parts], kv, Some(l.sinks), s.a);
         p.stage(name("attention"), s.a, c.num_attention_heads * c.head_dim);
-        s.project(p, &l.out, s.a, s.delta, name("attention.staged"));
-        p.stage(name("attn_out"), s.delta, d);
 
         let choice = Router { e: e as u32, a: form.a, normalise: true };
-        s.experts_up(p, norm(c), idx, (l.mlp_norm, &l.router, choice), [&l.up, &l.down], form);
+        s.experts_up(p, norm(c), idx, (&l.out, l.mlp_norm, &l.router, choice), [&l.up, &l.down], form);
         s.experts_down(p, idx, [&l.up, &l.down], form.a)
     }
 }

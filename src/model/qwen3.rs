@@ -61,8 +61,7 @@ impl Layers for Qwen3 {
         s.queries(p, c, idx, addend, (l.attn_norm, &l.qkv, Some(l.head_gains)));
         p.attention(attention(c, idx, kv), s.step, [s.rows, s.qkv, s.parts], kv, None, s.a);
         p.stage(name("attention"), s.a, c.num_attention_heads * c.head_dim);
-        s.project(p, &l.out, s.a, s.delta, name("attention.staged"));
-        p.stage(name("attn_out"), s.delta, c.hidden_size);
+        s.attention_out(p, idx, &l.out);
 
         l.mlp.record(p, norm(c), idx, l.mlp_norm, s);
         Some(Addend::Rows(s.delta))

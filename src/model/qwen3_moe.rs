@@ -76,11 +76,10 @@ impl Layers for Qwen3Moe {
         s.queries(p, c, idx, addend, (l.attn_norm, &l.qkv, Some(l.head_gains)));
         p.attention(attention(c, idx, kv), s.step, [s.rows, s.qkv, s.parts], kv, None, s.a);
         p.stage(name("attention"), s.a, c.num_attention_heads * c.head_dim);
-        s.project(p, &l.out, s.a, s.delta, name("attention.staged"));
-        p.stage(name("attn_out"), s.delta, c.hidden_size);
 
         match &l.mlp {
             Feed::Dense(mlp) => {
+                s.attention_out(p, idx, &l.out);
                 mlp.record(p, norm(c), idx, l.mlp_norm, s);
                 Some(Addend::Rows(s.delta))
             }
@@ -88,7 +87,7 @@ impl Layers for Qwen3Moe {
                 let [e, a] = [c.num_local_experts, c.num_experts_per_tok];
                 let form = Swiglu { a: a as u32, rows: GateUp::Halves, gate: Gate::Silu };
                 let choice = Router { e: e as u32, a: form.a, normalise: c.norm_topk_prob };
-                s.experts_up(p, norm(c), idx, (l.mlp_norm, router, choice), [up, down], form);
+                s.experts_up(p, norm(c), idx, (&l.out, l.mlp_norm, router, choice), [up, down], form);
                 s.experts_down(p, idx, [up, down], form.a)
             }
         }

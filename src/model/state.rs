@@ -8,9 +8,9 @@ use crate::error::{Error, Result};
 use crate::format::Format;
 use crate::ops::{
     ActScale, Activations, Addend, CacheFormat, ChosenGroup, Drawing, Drawn, ExpertScales, Experts, Group, HeadNorm,
-    Input, InputScales, Kept, KvCache, MoeDownAdd, MoeScatter, NormLinear, PARTS, Peak, Piece, Projection, RmsNorm,
-    Rotated, Router, Routes, Routing, Row, StageActivation, Staging, Step, Swiglu, Weight, segments_within,
-    staged_words,
+    Input, InputScales, Kept, KvCache, LinearAdd, MoeDownAdd, MoeScatter, NormLinear, PARTS, Peak, Piece, Projection,
+    RmsNorm, Rotated, Router, Routes, Routing, Row, Scored, StageActivation, Staging, Step, Swiglu, Weight,
+    segments_within, staged_words,
 };
 use crate::program::{HostStages, Program, Role, Slice};
 use crate::sampler::{POWERS, Rule};
@@ -145,6 +145,8 @@ pub struct State {
     pub(super) parts: Slice,
     pub(super) delta: Slice,
     pub(super) scores: Slice,
+    /// What each sixteen of the residual stream gives to them, where few are chosen from.
+    shares: Slice,
     pub(super) routes: Routes,
     /// The routes by expert: `Tile`s.
     tiles: Slice,
@@ -285,6 +287,7 @@ impl State {
             parts: new("segments of attention", parts)?,
             delta: new("delta", t * d * 4)?,
             scores: new("scores", t * e * 4)?,
+            shares: new("shares of scores", LinearAdd::share_words(d as u32, e as u32) as u64 * 4)?,
             routes: Routes { experts: new("experts", t * a * 4)?, weights: new("weights", t * a * 4)? },
             tiles: new("tiles of routes", [2, 4, 16, 64].map(tile_bytes).into_iter().max().unwrap_or(0))?,
             gate_up: new("gate and up", t * 2 * dense_f * 4)?,
@@ -503,23 +506,43 @@ impl State {
         }
     }
 
-    /// Record what follows attention in layer `idx`: the norm, router, the choice of experts, and their first matrix, to `e`.
+    /// Record attention's projection in layer `idx`, to `delta`.
+    pub(super) fn attention_out(&self, p: &mut Program, idx: usize, out: &Projection) {
+        self.project(p, out, self.a, self.delta, || format!("layers.{idx}.attention.staged"));
+        p.stage(|| format!("layers.{idx}.attn_out"), self.delta, out.n as usize);
+    }
+
+    /// Record what follows attention in layer `idx`: its projection, the norm, router, the choice of experts, and their first
+    /// matrix, to `e`.
     pub(super) fn experts_up(
         &self,
         p: &mut Program,
         norm: RmsNorm,
         idx: usize,
-        (gain, router, choice): (Slice, &Projection, Router),
+        (out, gain, router, choice): (&Projection, Slice, &Projection, Router),
         experts: [&Experts; 2],
         form: Swiglu,
     ) {
         let name = |what: &'static str| move || format!("layers.{idx}.{what}");
-        self.router_scores(p, norm, idx, gain, router);
         let up = experts[0];
         let chosen = |p: &mut Program| {
             p.index_stage(name("mlp.router.experts"), self.routes.experts, form.a as usize);
             p.stage(name("mlp.router.weights"), self.routes.weights, form.a as usize);
         };
+        let one_by_one = matches!(self.routing(p, form.a, experts), Routing::Each(_)) && up.weight.parts.len() == 1;
+        if let (true, Some(bias)) = (one_by_one && self.fuses(p) && LinearAdd::takes(out, router), router.bias) {
+            let scored = Scored { x: self.mid, g: gain, shares: self.shares, bias };
+            p.linear_add(out, [self.a, self.x], (gain, router), [self.delta, self.mid, self.shares]);
+            p.stage(name("attn_out"), self.delta, norm.d as usize);
+            p.norm_moe_up((norm, choice), scored, (up, form), [self.h, self.scores], self.routes, self.e);
+            p.stage(name("mlp_norm"), self.h, norm.d as usize);
+            p.stage(name("mlp.router.logits"), self.scores, router.n as usize);
+            chosen(p);
+            p.stage(name("mlp.up"), self.e, (form.a * up.weight.n / 2) as usize);
+            return;
+        }
+        self.attention_out(p, idx, out);
+        self.router_scores(p, norm, idx, gain, router);
         let routing = match self.routing(p, form.a, experts) {
             Routing::Each(_) if self.fuses(p) && up.weight.parts.len() == 1 => {
                 Routing::Chosen(choice, self.scores, self.routes)

@@ -16,11 +16,13 @@ mod head_norm;
 mod input;
 mod layout;
 mod linear;
+mod linear_add;
 mod moe_down;
 mod moe_scatter;
 mod moe_up;
 mod narrow;
 mod norm_linear;
+mod norm_moe_up;
 mod rms_norm;
 mod rope;
 mod router;
@@ -47,11 +49,13 @@ pub use head_norm::HeadNorm;
 pub use input::{Input, InputFormat, decode_staged, staged_words};
 pub use layout::Layout;
 pub use linear::{Linear, Piece, Projection};
+pub use linear_add::LinearAdd;
 pub use moe_down::{MoeDown, MoeDownAdd};
 pub use moe_scatter::MoeScatter;
 pub use moe_up::{ExpertScales, Experts, GateUp, MoeUp, Swiglu};
 pub use narrow::Narrow;
 pub use norm_linear::{NormLinear, Normed};
+pub use norm_moe_up::{NormMoeUp, Scored};
 pub use rms_norm::RmsNorm;
 pub use rope::{CacheFormat, KvCache, Rope, Rotated};
 pub use router::{Router, Routes};
@@ -67,7 +71,7 @@ pub use weight::{Matrix, Part, Weight, WeightBytes};
 use crate::shader::Kernel;
 
 /// Every kernel there is.
-pub const KERNELS: [&Kernel; 32] = [
+pub const KERNELS: [&Kernel; 34] = [
     &add::KERNEL,
     &add_norm::KERNEL,
     &amax::KERNEL,
@@ -83,6 +87,7 @@ pub const KERNELS: [&Kernel; 32] = [
     &head_norm::KERNEL,
     &linear::KERNEL,
     &linear::MATRIX,
+    &linear_add::KERNEL,
     &moe_down::KERNEL,
     &moe_down::MATRIX,
     &moe_down::ADD,
@@ -92,6 +97,7 @@ pub const KERNELS: [&Kernel; 32] = [
     &narrow::KERNEL,
     &norm_linear::KERNEL,
     &norm_linear::FEW,
+    &norm_moe_up::KERNEL,
     &rms_norm::KERNEL,
     &rope::KERNEL,
     &router::KERNEL,
@@ -119,12 +125,14 @@ pub enum Op {
     ChosenGroup(ChosenGroup),
     HeadNorm(HeadNorm),
     Linear(Linear),
+    LinearAdd(LinearAdd),
     MoeDown(MoeDown),
     MoeDownAdd(MoeDownAdd),
     MoeScatter(MoeScatter),
     MoeUp(MoeUp),
     Narrow(Narrow),
     NormLinear(NormLinear),
+    NormMoeUp(NormMoeUp),
     RmsNorm(RmsNorm),
     Rope(Rope),
     Router(Router),
@@ -152,12 +160,14 @@ impl Op {
             Op::ChosenGroup(op) => op.twin(tokens, views),
             Op::HeadNorm(op) => op.twin(tokens, views),
             Op::Linear(op) => op.twin(tokens, views),
+            Op::LinearAdd(op) => op.twin(views),
             Op::MoeDown(op) => op.twin(tokens, views),
             Op::MoeDownAdd(op) => op.twin(tokens, views),
             Op::MoeScatter(op) => op.twin(tokens, views),
             Op::MoeUp(op) => op.twin(tokens, views),
             Op::Narrow(op) => op.twin(views),
             Op::NormLinear(op) => op.twin(tokens, views),
+            Op::NormMoeUp(op) => op.twin(views),
             Op::RmsNorm(op) => op.twin(tokens, views),
             Op::Rope(op) => op.twin(tokens, views),
             Op::Router(op) => op.twin(tokens, views),

@@ -53,6 +53,22 @@ pub enum GateUp {
     Halves,
 }
 
+impl GateUp {
+    /// From one output's rows to the next one's, and from gate to up, of `f` outputs.
+    pub(super) fn strides(self, f: u32) -> [u32; 2] {
+        match self {
+            Self::Interleaved => [2, 1],
+            Self::Halves => [1, f],
+        }
+    }
+}
+
+/// Rows of weights of workgroups that each choose anew: twice as many, where enough workgroups are left.
+fn tall_enough(f: u32, tiles: u32, height: u32) -> u32 {
+    let enough = (2 * f).div_ceil(2 * height) * tiles >= ENOUGH;
+    if enough { 2 * height } else { height }
+}
+
 /// Constants of one part of the experts.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct MoeUp {
@@ -116,15 +132,10 @@ impl Program {
         let (x, routing, k, f) = (x.into(), routing.into(), up.weight.k, up.weight.n / 2);
         let Swiglu { a, rows, gate } = form;
         let Carried { tile, tiles, rows: height, spans } = routing.carried(self.tokens, a, up.weight.experts);
-        // Each workgroup chooses anew: fewer of them, where there are enough.
-        let taller = matches!(routing, Routing::Chosen(..)) && (2 * f).div_ceil(2 * height) * tiles >= ENOUGH;
-        let height = if taller { 2 * height } else { height };
+        let height = if matches!(routing, Routing::Chosen(..)) { tall_enough(f, tiles, height) } else { height };
         let (each, matrix) = (routing.routes(), matches!(routing, Routing::ByMatrix(..)));
         let router = if let Routing::Chosen(router, ..) = routing { Some(router) } else { None };
-        let (stride, second) = match rows {
-            GateUp::Interleaved => (2, 1),
-            GateUp::Halves => (1, f),
-        };
+        let [stride, second] = rows.strides(f);
         for part in &up.weight.parts {
             let (format, input, first, count) = (up.weight.format, x.format(), part.first, part.count);
             let op =

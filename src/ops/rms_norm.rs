@@ -35,12 +35,17 @@ impl RmsNorm {
         self.reference(&views.f32("x")[..tokens * d], views.bf16("g"), views.f32_mut("y"));
     }
 
+    /// What brings a row to unit root mean square.
+    pub(super) fn scale_of(&self, x: &[f32]) -> f64 {
+        let mean = x.iter().map(|v| f64::from(*v) * f64::from(*v)).sum::<f64>() / f64::from(self.d);
+        1.0 / (mean + f64::from(self.eps)).sqrt()
+    }
+
     /// `x`, `y`: `[T, D]`; `g`: `[D]`.
     pub fn reference(&self, x: &[f32], g: &[half::bf16], y: &mut [f32]) {
         let d = self.d as usize;
         for (x, y) in x.chunks_exact(d).zip(y.chunks_exact_mut(d)) {
-            let mean = x.iter().map(|v| f64::from(*v) * f64::from(*v)).sum::<f64>() / d as f64;
-            let scale = 1.0 / (mean + f64::from(self.eps)).sqrt();
+            let scale = self.scale_of(x);
             for i in 0..d {
                 y[i] = (f64::from(x[i]) * scale * g[i].to_f64()) as f32;
             }

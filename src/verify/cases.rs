@@ -15,7 +15,7 @@ use crate::ops::{
 use crate::program::{HostStages, Program, Role, Slice};
 use crate::sampler::{POWERS, Rule, Sampling};
 use crate::trace::record::stats_program;
-use experts::{chosen_group, group, moe, moe_by_matrix, moe_down_add, moe_scatter, router};
+use experts::{chosen_group, group, linear_add, moe, moe_by_matrix, moe_down_add, moe_scatter, router};
 
 const EPS: f64 = f32::EPSILON as f64;
 
@@ -129,6 +129,10 @@ pub(super) fn cases(matrix: bool) -> Vec<(&'static str, Vec<Case>)> {
         ("moe_up", moe(false)),
         ("moe_down", moe(true)),
         ("moe_down_add", FORMATS.into_iter().enumerate().map(|(i, format)| moe_down_add(format, i % 2 == 0)).collect()),
+        (
+            "linear_add, norm_moe_up",
+            FORMATS.into_iter().enumerate().map(|(i, format)| linear_add(format, i % 2 == 0)).collect(),
+        ),
         ("moe_scatter", vec![moe_scatter()]),
         ("glu", [Gate::Silu, Gate::Clamped { limit: 7.0, alpha: 1.702 }].map(glu).into()),
         ("amax", vec![amax()]),

@@ -158,7 +158,8 @@ fn attention() {
             ([8, 2, 32, 0], 300, 299), // several tiles, the last one partial
             ([6, 2, 64, 13], 20, 500), // a window inside a ring that has wrapped many times; without sinks
             ([6, 2, 64, 0], 100, 99),
-            ([24, 2, 20, 0], 1000, 970), // twelve heads share keys; teams of five lanes
+            ([24, 2, 20, 0], 1000, 970),  // twelve heads share keys; teams of five lanes
+            ([5, 1, 128, 150], 200, 450), // five heads, which go one by one
             ([4, 4, 128, 128], 200, 450),
             ([2, 1, 256, 64], 64, 63),   // the window is the whole ring
             ([4, 2, 64, 200], 256, 700), // a window of two segments
@@ -189,22 +190,26 @@ fn a_segment_of_several_tiles() {
 
 #[test]
 fn a_row_of_attention_does_not_depend_on_its_neighbours_or_the_room_for_segments() {
-    let op = op([6, 2, 64, 0], 300, CacheFormat::F32);
-    let mut rows = mixed_rows(5, 2, 299);
-    // One segment, which a merge has to leave as it is where others have several; a full one; two.
-    for (row, position) in rows.iter_mut().zip([0, 127, 128]) {
-        row.position = position;
-    }
-    for (_, device) in gpus() {
-        for role in [Role::Prompt, Role::Generated { reach: 300 }] {
-            let all = output_of(device, |b| attention_case(b, &Case { op, role, room: 5, parts: 1 }, &rows, 0..5));
-            let by_two = output_of(device, |b| attention_case(b, &Case { op, role, room: 2, parts: 1 }, &rows, 0..5));
-            assert!(by_two == all, "rows by twos have other bits");
-            for row in 0..5 {
-                let (reach, case) = (rows[row].position + 1, |role| Case { op, role, room: 1, parts: 1 });
-                let role = if role == Role::Prompt { role } else { Role::Generated { reach } };
-                let alone = output_of(device, |b| attention_case(b, &case(role), &rows, row..row + 1));
-                assert!(alone == all[row * 384..(row + 1) * 384], "row {row} alone has other bits");
+    // Three heads a workgroup, and four; teams of lanes that take keys in full batches, and not.
+    for shape in [[6, 2, 64, 0], [16, 2, 20, 0]] {
+        let (op, width) = (op(shape, 300, CacheFormat::F32), (shape[0] * shape[2]) as usize);
+        let mut rows = mixed_rows(5, 2, 299);
+        // One segment, which a merge has to leave as it is where others have several; a full one; two.
+        for (row, position) in rows.iter_mut().zip([0, 127, 128]) {
+            row.position = position;
+        }
+        for (name, device) in gpus() {
+            for role in [Role::Prompt, Role::Generated { reach: 300 }] {
+                let all = output_of(device, |b| attention_case(b, &Case { op, role, room: 5, parts: 1 }, &rows, 0..5));
+                let case = Case { op, role, room: 2, parts: 1 };
+                let by_two = output_of(device, |b| attention_case(b, &case, &rows, 0..5));
+                assert!(by_two == all, "{op:?}: rows by twos have other bits, on {name}");
+                for row in 0..5 {
+                    let (reach, case) = (rows[row].position + 1, |role| Case { op, role, room: 1, parts: 1 });
+                    let role = if role == Role::Prompt { role } else { Role::Generated { reach } };
+                    let alone = output_of(device, |b| attention_case(b, &case(role), &rows, row..row + 1));
+                    assert!(alone == all[row * width..][..width], "{op:?}: row {row} has other bits alone, on {name}");
+                }
             }
         }
     }

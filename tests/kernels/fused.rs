@@ -4,8 +4,8 @@ use super::{FORMATS, check_on, experts, matrix, program, routes, step, weight};
 use crate::harness::{Bench, Random, gpus, sum_tolerance};
 use fourfold::format::Format;
 use fourfold::ops::{
-    Addend, CacheFormat, HeadNorm, KvCache, MoeDownAdd, MoeScatter, NormLinear, Piece, Projection, RmsNorm, Rotated,
-    Router, Routes, Routing, Row, Swiglu,
+    Addend, CacheFormat, Gate, GateUp, HeadNorm, KvCache, LinearAdd, MoeDownAdd, MoeScatter, NormLinear, Piece,
+    Projection, RmsNorm, Rotated, Router, Routes, Routing, Row, Scored, Swiglu,
 };
 use fourfold::program::{Program, Slice};
 
@@ -265,6 +265,88 @@ fn experts_that_choose_have_the_bits_of_those_that_are_told() {
             let (p, outputs) = case(b, true);
             (p, outputs[1..].to_vec())
         });
+    }
+}
+
+/// From attention's output to the experts' first matrix, in two launches or four: `format` of the projection and the experts. D, K
+/// of the projection, E, A, F.
+fn linear_add_case(
+    b: &mut Bench,
+    format: Format,
+    [d, k, e, a, f]: [usize; 5],
+    form: Swiglu,
+    fused: bool,
+) -> (Program, Vec<Slice>) {
+    let mut random = Random((d * k + e) as u64);
+    let projection = |b: &mut Bench, random: &mut Random, format, [n, k]: [usize; 2], biased: bool| {
+        let bytes = matrix(random, format, n, k);
+        let weight = weight(b, format, [n, k], &bytes);
+        let bias = biased.then(|| b.input(&random.bf16s(n + n % 2)));
+        Projection { pieces: vec![Piece { weight, first: 0, input_scale: None }], n: n as u32, bias }
+    };
+    let w = projection(b, &mut random, format, [d, k], e > 1);
+    let router = projection(b, &mut random, Format::Bf16, [e, d], true);
+    let up = experts(b, &mut random, format, [e, 2 * f, d]);
+    let (x, residual) = (b.input(&random.f32s(k)), b.input(&random.f32s(d)));
+    let g = b.input(&random.bf16s(d));
+    let [delta, sum, h] = [d; 3].map(|n| b.output(n));
+    let (scores, shares, y) = (b.output(e), b.output(LinearAdd::share_words(d as u32, e as u32)), b.output(a * f));
+    let routes = Routes { experts: b.output(a), weights: b.output(a) };
+    let norm = RmsNorm { d: d as u32, eps: EPS };
+    let choice = Router { e: e as u32, a: a as u32, normalise: e != 5 };
+    let mut p = program(1);
+    if fused {
+        assert!(LinearAdd::takes(&w, &router));
+        p.linear_add(&w, [x, residual], (g, &router), [delta, sum, shares]);
+        let scored = Scored { x: sum, g, shares, bias: router.bias.unwrap() };
+        p.norm_moe_up((norm, choice), scored, (&up, form), [h, scores], routes, y);
+    } else {
+        let step = step(b, 1);
+        p.projection(step, &w, x, delta);
+        p.norm_linear_few(norm, (residual, delta, g), [sum, h], &router, scores);
+        p.router(choice, scores, routes);
+        p.moe_up(&up, form, Routing::Each(routes.experts), (h, a as u32), y);
+    }
+    [w, router].into_iter().flat_map(|w| w.pieces).for_each(|piece| b.keep(piece.weight));
+    b.keep(up.weight);
+    (p, vec![delta, sum, h, scores, routes.weights, y, routes.experts])
+}
+
+#[test]
+fn linear_add_and_norm_moe_up_have_the_bits_of_their_parts() {
+    // One sixteen and less than a group of lanes; several groups, the last not full; more spans than groups of lanes; one expert,
+    // as many as there may be, and five that weigh against all; few outputs and so many that workgroups take two or three times as
+    // many rows, gates and ups side by side and apart.
+    let shapes = [
+        ([16usize, 32usize, 1, 1, 5], true),
+        ([64, 96, 5, 3, 21], false),
+        ([576, 512, 32, 4, 29], true),
+        ([2880, 64, 31, 8, 16], true),
+        ([64, 64, 9, 8, 1152], true),
+        ([64, 64, 7, 6, 1024], false),
+        ([4160, 64, 8, 2, 24], false),
+    ];
+    for ([d, k, e, a, f], interleaved) in shapes {
+        for format in FORMATS {
+            let shape = [d.next_multiple_of(format.block()), k.next_multiple_of(format.block()), e, a, f];
+            let gpt_oss = Swiglu::gpt_oss(a as u32, [7.0, 1.702]);
+            let form = if interleaved { gpt_oss } else { Swiglu { rows: GateUp::Halves, gate: Gate::Silu, ..gpt_oss } };
+            let what = format!("linear_add and norm_moe_up {format} {shape:?}");
+            check_on(&what, 8.0 * sum_tolerance(d + k), gpus(), |b| {
+                let (p, mut outputs) = linear_add_case(b, format, shape, form, true);
+                outputs.pop(); // experts are no f32
+                (p, outputs)
+            });
+            for (gpu, device) in gpus() {
+                let run = |fused| {
+                    let mut b = Bench::new(device);
+                    let (p, outputs) = linear_add_case(&mut b, format, shape, form, fused);
+                    assert_eq!(p.launches.len(), if fused { 2 } else { 4 });
+                    b.run(&p, &outputs)
+                };
+                assert!(run(true) == run(false), "{what}: other bits on {gpu}");
+            }
+        }
     }
 }
 

@@ -3,7 +3,10 @@
 use super::{BY_MATRIX, Case, EPS, FORMATS, Output, case, columns, pick, program, rows, sum_of};
 use crate::error::Result;
 use crate::format::Format;
-use crate::ops::{ChosenGroup, Gate, GateUp, Group, MoeScatter, Router, Routes, Routing, Swiglu};
+use crate::ops::{
+    ChosenGroup, Gate, GateUp, Group, LinearAdd, MoeScatter, Piece, Projection, RmsNorm, Router, Routes, Routing,
+    Scored, Swiglu,
+};
 use crate::program::Program;
 use crate::verify::bench::{Bench, Random};
 use crate::verify::kernels::ROWS;
@@ -106,6 +109,50 @@ pub(super) fn moe(second: bool) -> Vec<Case> {
     // More spans of columns than slots for their sums, with 8 lanes and with 32.
     all.extend([Format::Mxfp4, Format::Nvfp4].map(|format| moe_case(Form { k: 4640, ..Form::new(format, second) })));
     all
+}
+
+/// From attention's output to the experts' first matrix: of one row in two launches, of several in four.
+pub(super) fn linear_add(format: Format, biased: bool) -> Case {
+    let (e, a, d, k, f) = (9, 3, columns(format, 352), columns(format, 96), if format.is_fp4() { 16 } else { 13 });
+    case(format!("{format} E={e} A={a} D={d} K={k} F={f}"), 8.0 * sum_of(d + k), move |b, which| {
+        let mut random = Random((d * k) as u64);
+        let out = b.matrix(&mut random, format, [d, k])?;
+        let bias = if biased { Some(b.input(&random.bf16s(d))?) } else { None };
+        let out = Projection { pieces: vec![Piece { weight: out, first: 0, input_scale: None }], n: d as u32, bias };
+        let router = b.matrix(&mut random, Format::Bf16, [e, d])?;
+        let bias = b.input(&random.bf16s(e + 1))?;
+        let pieces = vec![Piece { weight: router, first: 0, input_scale: None }];
+        let router = Projection { pieces, n: e as u32, bias: Some(bias) };
+        let up = b.experts(&mut random, format, [e, 2 * f, d])?;
+        let (x, residual) = (random.f32s(ROWS * k), random.f32s(ROWS * d));
+        let (x, residual) = (b.input(&pick(&x, k, which))?, b.input(&pick(&residual, d, which))?);
+        let g = b.input(&random.bf16s(d))?;
+        let t = which.len();
+        let [delta, sum, h] = [b.output(t * d)?, b.output(t * d)?, b.output(t * d)?];
+        let (scores, y) = (b.output(t * e)?, b.output(t * a * f)?);
+        let routes = Routes { experts: b.output(t * a)?, weights: b.output(t * a)? };
+        let norm = RmsNorm { d: d as u32, eps: 1e-5 };
+        let choice = Router { e: e as u32, a: a as u32, normalise: biased };
+        let form = Swiglu::gpt_oss(a as u32, [7.0, 1.702]);
+        let mut p = program(t);
+        if t == 1 && b.fuses() {
+            let shares = b.output(LinearAdd::share_words(d as u32, e as u32))?;
+            p.linear_add(&out, [x, residual], (g, &router), [delta, sum, shares]);
+            let scored = Scored { x: sum, g, shares, bias };
+            p.norm_moe_up((norm, choice), scored, (&up, form), [h, scores], routes, y);
+        } else {
+            let step = b.step(t)?;
+            p.projection(step, &out, x, delta);
+            p.norm_linear_few(norm, (residual, delta, g), [sum, h], &router, scores);
+            p.router(choice, scores, routes);
+            p.moe_up(&up, form, Routing::Each(routes.experts), (h, a as u32), y);
+        }
+        [out, router].into_iter().flat_map(|w| w.pieces).for_each(|piece| b.keep(piece.weight));
+        b.keep(up.weight);
+        let rows = [(delta, d), (sum, d), (h, d), (scores, e), (routes.weights, a), (y, a * f)];
+        let near = rows.into_iter().map(|(slice, width)| Output::near(slice, width));
+        Ok((p, near.chain([Output::exact(routes.experts, a)]).collect()))
+    })
 }
 
 /// The end of a layer: of one row in one launch, of several in three.

@@ -37,10 +37,14 @@ fn score_at(i: u32) -> f32 {
     return scores[i];
 }
 
+fn one() -> u32 {
+    return min(arrayLength(&scores), 1u);
+}
+
 @compute @workgroup_size(WG)
 fn main(@builtin(local_invocation_index) lane: u32) {
     let routes = step.tokens * A;
-    choose(0u, step.tokens, lane, WG, min(arrayLength(&scores), 1u));
+    choose(0u, step.tokens, lane, WG);
     let expert = chosen[min(lane, routes - 1u)];
     var count = 0u;
     var place = 0u;

@@ -15,9 +15,9 @@
 // out       y         f32   [N]
 //           sum       f32   [N]     may not alias residual
 //           shares    f32   [grid / 4, E, 4]
-// override  K, N, E
+// override  K, N, E, ROWS
 // slots     weights, e2m1, input, bias, tile, lanes, fold
-// requires  K and N multiples of 16
+// requires  K and N multiples of 16; ROWS 16
 // twin      src/ops/linear_add.rs
 //
 // y and sum have the bits of linear and add. A share is what a lane of norm_linear_few has of a score, to the bit; norm_moe_up

@@ -95,6 +95,10 @@ fn score_at(e: u32) -> f32 {
     return fma(all, scale_of_row, score_ends[e]);
 }
 
+fn one() -> u32 {
+    return min(arrayLength(&shares), 1u);
+}
+
 @compute @workgroup_size(LANES * WARPS)
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) lane: u32) {
     let route = group.y;
@@ -107,7 +111,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
         score_ends[e] = bf16_pick(score_bias[e / 2u], e);
     }
     normalise(lane, first); // and all parts are there
-    choose(0u, 1u, lane, LANES * WARPS, min(arrayLength(&shares), 1u));
+    choose(0u, 1u, lane, LANES * WARPS);
     row0 = chosen[route] * F * 2u + f0 * STRIDE;
     fetch(0u, 0u, lane);
     if first {

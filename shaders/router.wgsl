@@ -22,9 +22,13 @@ fn score_at(i: u32) -> f32 {
     return scores[i];
 }
 
+fn one() -> u32 {
+    return min(arrayLength(&scores), 1u);
+}
+
 @compute @workgroup_size(WG)
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) lane: u32) {
-    choose(group.x, 1u, lane, WG, min(arrayLength(&scores), 1u));
+    choose(group.x, 1u, lane, WG);
     if lane < A {
         experts[group.x * A + lane] = chosen[lane];
         weights[group.x * A + lane] = weight_of(0u, lane);

@@ -69,7 +69,9 @@ fn bytes_of(program: &Program, at: usize, position: u64) -> u64 {
     // The share of a layer's `e` experts that `tokens` rows with `a` routes each choose at least once.
     let touched = |a: u32, e: u32| 1.0 - (1.0 - f64::from(a) / f64::from(e)).powf(tokens);
     match &launch.op {
-        Op::Linear(_) | Op::LinearAdd(_) | Op::NormLinear(_) => weights + read(&["bias", "router"]),
+        Op::Linear(_) | Op::LinearAdd(_) | Op::NormLinear(_) | Op::NormLinearFew(_) => {
+            weights + read(&["bias", "router"])
+        }
         Op::MoeUp(op) | Op::NormMoeUp(NormMoeUp { up: op, .. }) => (weights as f64 * touched(op.a, op.e)) as u64,
         Op::MoeDown(op) | Op::MoeDownAdd(MoeDownAdd(op)) => (weights as f64 * touched(op.a, op.e)) as u64,
         Op::Attention(op) => {

@@ -1,5 +1,5 @@
 // choose: the A experts of each of some rows with the largest scores, the lower index first among equals. The kernel gives
-// CHOICES, and score_at(t E + e).
+// CHOICES, score_at(t E + e), and one(), which is 1 in a way that compilers do not know: with it a loop stays one.
 #import routing
 #import exp
 override ALL: u32;
@@ -7,8 +7,8 @@ var<workgroup> held: array<vec4<f32>, CHOICES>; // [count, E], four scores each
 var<workgroup> chosen: array<u32, CHOICES>; // [count, A]
 
 // Of `count` rows from row t on: count ceil(E / 4) and count A are at most CHOICES. Every lane of a workgroup of `lanes` must call
-// it. `one` is 1, in a way that compilers do not know: with it a loop stays one.
-fn choose(t: u32, count: u32, lane: u32, lanes: u32, one: u32) {
+// it.
+fn choose(t: u32, count: u32, lane: u32, lanes: u32) {
     const FOUR = vec4<u32>(0u, 1u, 2u, 3u);
     let quads = (E + 3u) / 4u;
     for (var i = lane; i < count * A; i += lanes) {
@@ -25,7 +25,7 @@ fn choose(t: u32, count: u32, lane: u32, lanes: u32, one: u32) {
         let e = i % E;
         let s = vec4<f32>(held_score(row, e));
         var before = vec4<u32>(0u);
-        for (var o = 0u; o < quads * one; o++) {
+        for (var o = 0u; o < quads * one(); o++) {
             let others = held[row * quads + o];
             let index = vec4<u32>(o * 4u) + FOUR;
             let first = (others > s) | ((others == s) & (index < vec4<u32>(e)));

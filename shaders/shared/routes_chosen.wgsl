@@ -11,8 +11,12 @@ fn score_at(i: u32) -> f32 {
     return scores[i];
 }
 
+fn one() -> u32 {
+    return min(arrayLength(&scores), 1u);
+}
+
 fn expert_of(tile: u32, lane: u32, first: bool) -> u32 {
-    choose(tile / A, 1u, lane, LANES * WARPS, min(arrayLength(&scores), 1u));
+    choose(tile / A, 1u, lane, LANES * WARPS);
     if first && tile % A == 0u {
         for (var a = lane; a < A; a += LANES * WARPS) {
             experts[tile + a] = chosen[a];

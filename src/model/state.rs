@@ -529,8 +529,10 @@ impl State {
             p.index_stage(name("mlp.router.experts"), self.routes.experts, form.a as usize);
             p.stage(name("mlp.router.weights"), self.routes.weights, form.a as usize);
         };
-        let one_by_one = matches!(self.routing(p, form.a, experts), Routing::Each(_)) && up.weight.parts.len() == 1;
-        if let (true, Some(bias)) = (one_by_one && self.fuses(p) && LinearAdd::takes(out, router), router.bias) {
+        let routing = self.routing(p, form.a, experts);
+        // Where a workgroup carries one route, it can choose it.
+        let chooses = matches!(routing, Routing::Each(_)) && self.fuses(p) && up.weight.parts.len() == 1;
+        if let Some(bias) = LinearAdd::takes(out, router).filter(|_| chooses) {
             let scored = Scored { x: self.mid, g: gain, shares: self.shares, bias };
             p.linear_add(out, [self.a, self.x], (gain, router), [self.delta, self.mid, self.shares]);
             p.stage(name("attn_out"), self.delta, norm.d as usize);
@@ -543,10 +545,8 @@ impl State {
         }
         self.attention_out(p, idx, out);
         self.router_scores(p, norm, idx, gain, router);
-        let routing = match self.routing(p, form.a, experts) {
-            Routing::Each(_) if self.fuses(p) && up.weight.parts.len() == 1 => {
-                Routing::Chosen(choice, self.scores, self.routes)
-            }
+        let routing = match routing {
+            Routing::Each(_) if chooses => Routing::Chosen(choice, self.scores, self.routes),
             routing @ (Routing::Grouped(tiles, _) | Routing::ByMatrix(tiles, _)) => {
                 let group = Group { e: up.weight.experts, a: form.a, routes: routing.routes() };
                 if !p.in_parts && !p.host.routing && ChosenGroup::takes(&choice, p.tokens()) {

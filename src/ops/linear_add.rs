@@ -1,6 +1,7 @@
 //! A matrix times a row, added to the residual stream, and what a router that comes next makes of the sum, in one launch.
 
 use super::linear::{Linear, Projection};
+use super::norm_linear::share;
 use super::{Add, InputFormat, Matrix, NormLinear, Op, Views};
 use crate::program::{Launch, Program, Slice};
 use crate::shader::{BIAS, E2M1, F32_INPUT, FOLD, Kernel, LANES, ROUTE_TILE, WEIGHTS};
@@ -60,16 +61,18 @@ impl Program {
 }
 
 impl LinearAdd {
-    /// Whether [`Program::linear_add`] and [`Program::norm_moe_up`] can do it. Each workgroup of the latter reads all shares:
-    /// with many experts that would take longer than a launch.
-    pub fn takes(w: &Projection, router: &Projection) -> bool {
+    /// Most experts. Each workgroup of [`Program::norm_moe_up`] reads all shares: of many that would take longer than a launch.
+    pub const EXPERTS: u32 = 32;
+
+    /// The router's bias, if [`Program::linear_add`] and [`Program::norm_moe_up`] can do it.
+    pub fn takes(w: &Projection, router: &Projection) -> Option<Slice> {
         let whole = NormLinear::takes(w) && w.n.is_multiple_of(ROWS);
-        whole && NormLinear::takes_few(router) && router.n <= 32 && router.bias.is_some()
+        router.bias.filter(|_| whole && NormLinear::takes_few(router) && router.n <= Self::EXPERTS)
     }
 
-    /// f32s of the shares of a row of `n` elements in the scores of `e` experts.
+    /// f32s of the shares of a row of `n` elements in the scores of `e` experts; none of more than are taken.
     pub fn share_words(n: u32, e: u32) -> usize {
-        (Self::shares(n) * e) as usize
+        if e > Self::EXPERTS { 0 } else { (Self::shares(n) * e) as usize }
     }
 
     /// Sixteens of a row with those past its end, to whole groups of 32 lanes.
@@ -97,16 +100,13 @@ impl LinearAdd {
         (g, router): (&[half::bf16], &[half::bf16]),
         [y, sum, shares]: [&mut [f32]; 3],
     ) {
-        let (n, e, each) = (self.linear.n as usize, self.e as usize, ROWS as usize);
+        let (n, e) = (self.linear.n as usize, self.e as usize);
         self.linear.reference(w, bias, x, y);
         Add { d: self.linear.n }.reference(residual, y, sum);
         shares[..Self::share_words(self.linear.n, self.e)].fill(0.0);
-        for i in 0..n / each {
+        for i in 0..n / ROWS as usize {
             for expert in 0..e {
-                let own = i * each..(i + 1) * each;
-                let share =
-                    own.map(|d| router[expert * n + d].to_f64() * f64::from(sum[d]) * g[d].to_f64()).sum::<f64>();
-                shares[(i / 4 * e + expert) * 4 + i % 4] = share as f32;
+                shares[(i / 4 * e + expert) * 4 + i % 4] = share(&router[expert * n..], sum, g, i);
             }
         }
     }

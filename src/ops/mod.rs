@@ -54,7 +54,7 @@ pub use moe_down::{MoeDown, MoeDownAdd};
 pub use moe_scatter::MoeScatter;
 pub use moe_up::{ExpertScales, Experts, GateUp, MoeUp, Swiglu};
 pub use narrow::Narrow;
-pub use norm_linear::{NormLinear, Normed};
+pub use norm_linear::{NormLinear, NormLinearFew, Normed};
 pub use norm_moe_up::{NormMoeUp, Scored};
 pub use rms_norm::RmsNorm;
 pub use rope::{CacheFormat, KvCache, Rope, Rotated};
@@ -132,6 +132,7 @@ pub enum Op {
     MoeUp(MoeUp),
     Narrow(Narrow),
     NormLinear(NormLinear),
+    NormLinearFew(NormLinearFew),
     NormMoeUp(NormMoeUp),
     RmsNorm(RmsNorm),
     Rope(Rope),
@@ -167,6 +168,7 @@ impl Op {
             Op::MoeUp(op) => op.twin(tokens, views),
             Op::Narrow(op) => op.twin(views),
             Op::NormLinear(op) => op.twin(tokens, views),
+            Op::NormLinearFew(op) => op.twin(tokens, views),
             Op::NormMoeUp(op) => op.twin(views),
             Op::RmsNorm(op) => op.twin(tokens, views),
             Op::Rope(op) => op.twin(tokens, views),

@@ -45,6 +45,15 @@ pub struct NormLinear {
     pub rope: Option<Rope>,
 }
 
+/// Constants of few rows of bf16 weights.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct NormLinearFew {
+    /// The norm, after the addition.
+    pub norm: RmsNorm,
+    /// Rows of weights.
+    pub n: u32,
+}
+
 impl Program {
     /// `sum = x + addend; h = norm(sum); y = w h + bias`, of one row; `h = norm(x)` where nothing is `added`, which comes with
     /// where the sum goes. `y` is rotated and appended as by [`Program::rope`] where
@@ -108,13 +117,8 @@ impl Program {
         let ([piece], [part]) = (&w.pieces[..], &w.pieces[0].weight.parts[..]) else {
             unreachable!("`NormLinear::takes_few` was asked")
         };
-        let (format, k, n) = (piece.weight.format, piece.weight.k, w.n);
-        let op = NormLinear {
-            norm: Normed::Added(AddNorm { norm, routes: None }),
-            linear: Linear { format, input: InputFormat::F32, k, n, first: 0, count: n },
-            rope: None,
-        };
-        let launch = Launch::new(Op::NormLinear(op), &FEW, [n.div_ceil(2), self.tokens, 1])
+        let (k, n) = (piece.weight.k, w.n);
+        let launch = Launch::new(Op::NormLinearFew(NormLinearFew { norm, n }), &FEW, [n.div_ceil(2), self.tokens, 1])
             .constant("K", k)
             .constant("N", n)
             .constant("EPS", norm.eps)
@@ -182,4 +186,49 @@ impl NormLinear {
         }
         self.linear.reference(w, bias, h, y);
     }
+}
+
+impl NormLinearFew {
+    pub(crate) fn twin(&self, tokens: usize, views: &mut Views<'_>) {
+        let (row, out) = (tokens * self.norm.d as usize, tokens * self.n as usize);
+        let w = views.bf16("codes");
+        let bias = if views.has("bias") { views.bf16("bias") } else { &[] };
+        let (x, addends, g) = (&views.f32("x")[..row], &views.f32("addends")[..row], views.bf16("g"));
+        let [sum, h] = ["sum", "h"].map(|name| &mut views.f32_mut(name)[..row]);
+        self.reference((w, bias), (x, addends), g, [sum, h, &mut views.f32_mut("y")[..out]]);
+    }
+
+    /// `w [N, K]`, `bias [N]` or empty, `x`, `addends`, `sum`, `h`: `[T, K]`; `g [K]`; `y [T, N]`.
+    pub fn reference(
+        &self,
+        (w, bias): (&[half::bf16], &[half::bf16]),
+        (x, addends): (&[f32], &[f32]),
+        g: &[half::bf16],
+        [sum, h, y]: [&mut [f32]; 3],
+    ) {
+        let (d, n) = (self.norm.d as usize, self.n as usize);
+        AddNorm { norm: self.norm, routes: None }.reference(x, addends, &[], g, sum, h);
+        for (sum, y) in sum.chunks_exact(d).zip(y.chunks_exact_mut(n)) {
+            let scale = self.norm.scale_of(sum);
+            for (i, y) in y.iter_mut().enumerate() {
+                let w = &w[i * d..][..d];
+                let shares = (0..d / SIXTEEN).map(|at| share(w, sum, g, at));
+                *y = score(shares, scale, bias.get(i));
+            }
+        }
+    }
+}
+
+/// Elements of a share.
+const SIXTEEN: usize = 16;
+
+/// What sixteen `at` of a row gives to the score of a row of weights, before the norm: a number of its own, in f32.
+pub(super) fn share(w: &[half::bf16], row: &[f32], g: &[half::bf16], at: usize) -> f32 {
+    let own = at * SIXTEEN..(at + 1) * SIXTEEN;
+    own.map(|d| w[d].to_f64() * f64::from(row[d]) * g[d].to_f64()).sum::<f64>() as f32
+}
+
+/// The score of a row of weights: its shares in order, times what norms the row.
+pub(super) fn score(shares: impl Iterator<Item = f32>, scale: f64, bias: Option<&half::bf16>) -> f32 {
+    (shares.map(f64::from).sum::<f64>() * scale + bias.map_or(0.0, |b| b.to_f64())) as f32
 }

@@ -1,6 +1,7 @@
 //! The norm, a router's scores, the choice of experts, and their first matrix, of one row in one launch.
 
 use super::moe_up::{Experts, MoeUp, Swiglu};
+use super::norm_linear::score;
 use super::{InputFormat, Matrix, Op, RmsNorm, Router, Routes, Views};
 use crate::program::{Launch, Program, Slice};
 use crate::shader::{BIAS, E2M1, FOLD, GLU, Kernel, LANES, NORMED_INPUT, REDUCE, ROUTE_TILE, WEIGHTS, WHOLE_RESIDUAL};
@@ -11,7 +12,7 @@ pub(crate) const KERNEL: Kernel = Kernel {
     slots: &[WEIGHTS, E2M1, NORMED_INPUT, WHOLE_RESIDUAL, BIAS, GLU, ROUTE_TILE, LANES, FOLD, REDUCE],
 };
 
-/// Workgroups that keep a large GPU busy.
+/// Workgroups that keep a large GPU busy; more than can run at once would repeat what comes before the matrix for nothing.
 const ENOUGH: u32 = 384;
 
 /// Constants.
@@ -115,10 +116,9 @@ impl NormMoeUp {
     ) {
         self.norm.reference(x, g, h);
         let scale = self.norm.scale_of(x);
-        for (expert, score) in scores.iter_mut().enumerate() {
+        for (expert, out) in scores.iter_mut().enumerate() {
             let of_four = shares.chunks_exact(4).skip(expert).step_by(self.up.e as usize).take(x.len().div_ceil(64));
-            let sum = of_four.flatten().map(|v| f64::from(*v)).sum::<f64>();
-            *score = (sum * scale + score_bias[expert].to_f64()) as f32;
+            *out = score(of_four.flatten().copied(), scale, score_bias.get(expert));
         }
         self.router.reference(scores, experts, weights);
         self.up.reference(w, bias, experts, h, y);

@@ -129,10 +129,7 @@ pub(super) fn cases(matrix: bool) -> Vec<(&'static str, Vec<Case>)> {
         ("moe_up", moe(false)),
         ("moe_down", moe(true)),
         ("moe_down_add", FORMATS.into_iter().enumerate().map(|(i, format)| moe_down_add(format, i % 2 == 0)).collect()),
-        (
-            "linear_add, norm_moe_up",
-            FORMATS.into_iter().enumerate().map(|(i, format)| linear_add(format, i % 2 == 0)).collect(),
-        ),
+        ("linear_add, norm_moe_up", linear_adds()),
         ("moe_scatter", vec![moe_scatter()]),
         ("glu", [Gate::Silu, Gate::Clamped { limit: 7.0, alpha: 1.702 }].map(glu).into()),
         ("amax", vec![amax()]),
@@ -338,6 +335,12 @@ fn head_norm() -> Case {
         p.head_norm(HeadNorm { h: h as u32, hk: hk as u32, dh: dh as u32, eps: 1e-6 }, gains, x);
         Ok((p, vec![Output::near(x, width)]))
     })
+}
+
+fn linear_adds() -> Vec<Case> {
+    let usual = FORMATS.into_iter().enumerate().map(|(i, format)| linear_add(format, 352, i % 2 == 0));
+    // More spans of columns than groups of lanes.
+    usual.chain([linear_add(Format::Mxfp4, 4640, true)]).collect()
 }
 
 /// Pages of a cache of two sequences, `pages` each, in no order.

@@ -1,7 +1,7 @@
 //! Launches that do what several others do: the same bits, and near the twin.
 
 use super::{FORMATS, check_on, experts, matrix, program, routes, step, weight};
-use crate::harness::{Bench, Random, gpus, sum_tolerance};
+use crate::harness::{Bench, Random, cpu, gpus, sum_tolerance};
 use fourfold::format::Format;
 use fourfold::ops::{
     Addend, CacheFormat, Gate, GateUp, HeadNorm, KvCache, LinearAdd, MoeDownAdd, MoeScatter, NormLinear, Piece,
@@ -286,7 +286,8 @@ fn linear_add_case(
     };
     let w = projection(b, &mut random, format, [d, k], e > 1);
     let router = projection(b, &mut random, Format::Bf16, [e, d], true);
-    let up = experts(b, &mut random, format, [e, 2 * f, d]);
+    let mut up = experts(b, &mut random, format, [e, 2 * f, d]);
+    up.bias = up.bias.filter(|_| e != 9);
     let (x, residual) = (b.input(&random.f32s(k)), b.input(&random.f32s(d)));
     let g = b.input(&random.bf16s(d));
     let [delta, sum, h] = [d; 3].map(|n| b.output(n));
@@ -296,7 +297,7 @@ fn linear_add_case(
     let choice = Router { e: e as u32, a: a as u32, normalise: e != 5 };
     let mut p = program(1);
     if fused {
-        assert!(LinearAdd::takes(&w, &router));
+        assert!(LinearAdd::takes(&w, &router).is_some());
         p.linear_add(&w, [x, residual], (g, &router), [delta, sum, shares]);
         let scored = Scored { x: sum, g, shares, bias: router.bias.unwrap() };
         p.norm_moe_up((norm, choice), scored, (&up, form), [h, scores], routes, y);
@@ -324,7 +325,7 @@ fn linear_add_and_norm_moe_up_have_the_bits_of_their_parts() {
         ([2880, 64, 31, 8, 16], true),
         ([64, 64, 9, 8, 1152], true),
         ([64, 64, 7, 6, 1024], false),
-        ([4160, 64, 8, 2, 24], false),
+        ([4160, 64, 32, 2, 24], false),
     ];
     for ([d, k, e, a, f], interleaved) in shapes {
         for format in FORMATS {
@@ -337,7 +338,8 @@ fn linear_add_and_norm_moe_up_have_the_bits_of_their_parts() {
                 outputs.pop(); // experts are no f32
                 (p, outputs)
             });
-            for (gpu, device) in gpus() {
+            // The twins, too: a device that is one has the same programs.
+            for (gpu, device) in gpus().iter().chain([&("the twins", cpu())]) {
                 let run = |fused| {
                     let mut b = Bench::new(device);
                     let (p, outputs) = linear_add_case(&mut b, format, shape, form, fused);
@@ -348,6 +350,28 @@ fn linear_add_and_norm_moe_up_have_the_bits_of_their_parts() {
             }
         }
     }
+}
+
+#[test]
+fn linear_add_is_for_a_whole_projection_and_a_small_router_in_bf16_with_a_bias() {
+    let twins = cpu();
+    let mut b = Bench::new(&twins);
+    let mut random = Random(1);
+    let bias = b.input(&random.bf16s(64));
+    let mut projection = |n: usize, format: Format, biased: bool| {
+        let bytes = matrix(&mut random, format, n, 64);
+        let piece = Piece { weight: weight(&mut b, format, [n, 64], &bytes), first: 0, input_scale: None };
+        Projection { pieces: vec![piece], n: n as u32, bias: biased.then_some(bias) }
+    };
+    let (out, odd) = (projection(64, Format::Mxfp4, false), projection(40, Format::Mxfp4, true));
+    let [router, most] = [8, 32].map(|e| projection(e, Format::Bf16, true));
+    let [many, bare, other] = [(33, Format::Bf16, true), (8, Format::Bf16, false), (8, Format::Fp8, true)]
+        .map(|(e, format, biased)| projection(e, format, biased));
+    assert!(LinearAdd::takes(&out, &router).is_some() && LinearAdd::takes(&out, &most).is_some());
+    for (out, router) in [(&odd, &router), (&out, &many), (&out, &bare), (&out, &other)] {
+        assert!(LinearAdd::takes(out, router).is_none());
+    }
+    assert_eq!(LinearAdd::share_words(2880, 33), 0);
 }
 
 /// `y = residual + sum_a weights (w_e x + bias)`, in one launch or three.

@@ -112,8 +112,8 @@ pub(super) fn moe(second: bool) -> Vec<Case> {
 }
 
 /// From attention's output to the experts' first matrix: of one row in two launches, of several in four.
-pub(super) fn linear_add(format: Format, biased: bool) -> Case {
-    let (e, a, d, k, f) = (9, 3, columns(format, 352), columns(format, 96), if format.is_fp4() { 16 } else { 13 });
+pub(super) fn linear_add(format: Format, d: usize, biased: bool) -> Case {
+    let (e, a, d, k, f) = (9, 3, columns(format, d), columns(format, 96), if format.is_fp4() { 16 } else { 13 });
     case(format!("{format} E={e} A={a} D={d} K={k} F={f}"), 8.0 * sum_of(d + k), move |b, which| {
         let mut random = Random((d * k) as u64);
         let out = b.matrix(&mut random, format, [d, k])?;
@@ -123,7 +123,8 @@ pub(super) fn linear_add(format: Format, biased: bool) -> Case {
         let bias = b.input(&random.bf16s(e + 1))?;
         let pieces = vec![Piece { weight: router, first: 0, input_scale: None }];
         let router = Projection { pieces, n: e as u32, bias: Some(bias) };
-        let up = b.experts(&mut random, format, [e, 2 * f, d])?;
+        let mut up = b.experts(&mut random, format, [e, 2 * f, d])?;
+        up.bias = up.bias.filter(|_| biased);
         let (x, residual) = (random.f32s(ROWS * k), random.f32s(ROWS * d));
         let (x, residual) = (b.input(&pick(&x, k, which))?, b.input(&pick(&residual, d, which))?);
         let g = b.input(&random.bf16s(d))?;
@@ -133,7 +134,10 @@ pub(super) fn linear_add(format: Format, biased: bool) -> Case {
         let routes = Routes { experts: b.output(t * a)?, weights: b.output(t * a)? };
         let norm = RmsNorm { d: d as u32, eps: 1e-5 };
         let choice = Router { e: e as u32, a: a as u32, normalise: biased };
-        let form = Swiglu::gpt_oss(a as u32, [7.0, 1.702]);
+        let form = match biased {
+            true => Swiglu::gpt_oss(a as u32, [7.0, 1.702]),
+            false => Swiglu { a: a as u32, rows: GateUp::Halves, gate: Gate::Silu },
+        };
         let mut p = program(t);
         if t == 1 && b.fuses() {
             let shares = b.output(LinearAdd::share_words(d as u32, e as u32))?;

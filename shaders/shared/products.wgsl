@@ -1,6 +1,7 @@
-// products: rows of weights times rows of inputs, the heart of every matmul without matrix units but norm_linear_few's and
-// moe_down_add's, whose inputs change with the rows. A workgroup has ROWS rows of weights and TOKENS rows of inputs. Its lanes share K, sixteen elements each: a lane keeps its part
-// of the inputs and lets the weights pass, BATCH rows at a time. So a weight is read and decoded once for all TOKENS.
+// products: rows of weights times rows of inputs, the heart of every matmul without matrix units a router's scores
+// (norm_linear_few, linear_add) and moe_down_add's, whose inputs change with the rows. A workgroup has ROWS rows of weights and TOKENS
+// rows of inputs. Its lanes share K, sixteen elements each: a lane keeps its part of the inputs and lets the weights pass, BATCH rows
+// at a time. So a weight is read and decoded once for all TOKENS.
 //
 // The order of a sum is the same for any ROWS, TOKENS, BATCH and WARPS: a lane's sixteen products in index order; a tree over
 // the LANES of a span (`fold`); the spans of a slot, SLOTS apart, in order; then the slots in order.

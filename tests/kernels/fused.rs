@@ -360,7 +360,7 @@ fn linear_add_is_for_a_whole_projection_and_a_small_router_in_bf16_with_a_bias()
     let bias = b.input(&random.bf16s(64));
     let mut projection = |n: usize, format: Format, biased: bool| {
         let bytes = matrix(&mut random, format, n, 64);
-        let piece = Piece { weight: weight(&mut b, format, [n, 64], &bytes), first: 0, input_scale: None };
+        let piece = Piece { weight: weight(&b, format, [n, 64], &bytes), first: 0, input_scale: None };
         Projection { pieces: vec![piece], n: n as u32, bias: biased.then_some(bias) }
     };
     let (out, odd) = (projection(64, Format::Mxfp4, false), projection(40, Format::Mxfp4, true));

@@ -17,32 +17,19 @@
 // twin      src/ops/moe_up.rs
 #import products
 #import glu
+#import gate_up
 #import routes
-override F: u32;
 override SHARE: u32;
 override FIRST: u32;
 override COUNT: u32;
-override STRIDE: u32;
-override UP: u32;
 @group(0) @binding(6) var<storage, read_write> y: array<f32>;
 
-// The tile, its expert's place in this part, and the first output of the workgroup.
+// The tile, and its expert's place in this part.
 var<private> tile: u32;
 var<private> part: u32;
-var<private> f0: u32;
-// Its first row of weights.
-var<private> row0: u32;
 
-// Rows 2r and 2r + 1 of the workgroup are gate and up of one output.
-fn weight_row(l: u32) -> u32 {
-    if side_by_side() {
-        return row0 + l;
-    }
-    return min(row0 + l / 2u * STRIDE + l % 2u * UP, COUNT * F * 2u - 1u);
-}
-
-fn side_by_side() -> bool {
-    return STRIDE == 2u && F * 2u % ROWS == 0u;
+fn held_experts() -> u32 {
+    return COUNT;
 }
 
 fn bias_row(l: u32) -> u32 {

@@ -26,10 +26,8 @@
 // The bits of norm_linear_few, router and moe_up: shares are added in the order of its lanes.
 #import products
 #import glu
+#import gate_up
 #import choose
-override F: u32;
-override STRIDE: u32;
-override UP: u32;
 @group(0) @binding(5) var<storage, read> shares: array<vec4<f32>>;
 @group(0) @binding(6) var<storage, read_write> y: array<f32>;
 @group(0) @binding(8) var<storage, read> score_bias: array<u32>;
@@ -43,20 +41,8 @@ const CHOICES = 32u;
 var<workgroup> parts: array<f32, 256>;
 var<workgroup> score_ends: array<f32, 32>;
 
-// The first output of the workgroup, and its first row of weights.
-var<private> f0: u32;
-var<private> row0: u32;
-
-// Rows 2r and 2r + 1 of the workgroup are gate and up of one output.
-fn weight_row(l: u32) -> u32 {
-    if side_by_side() {
-        return row0 + l;
-    }
-    return min(row0 + l / 2u * STRIDE + l % 2u * UP, E * F * 2u - 1u);
-}
-
-fn side_by_side() -> bool {
-    return STRIDE == 2u && F * 2u % ROWS == 0u;
+fn held_experts() -> u32 {
+    return E;
 }
 
 fn bias_row(l: u32) -> u32 {

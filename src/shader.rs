@@ -123,6 +123,7 @@ shared!(
     "first_route",
     "fold_shared",
     "fold_subgroup",
+    "gate_up",
     "glu_clamped",
     "glu_silu",
     "head",

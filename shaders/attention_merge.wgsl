@@ -57,11 +57,11 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     let position = rows[t].position;
     let count = min(segments_of(position + 1u - first_key(position)), SEGMENTS);
     if lane < 64u {
-        tops[lane] = select(-3.0e38, head.x, lane < count);
+        tops[lane] = head.x;
     }
     workgroupBarrier(); // the largest scores of all segments are there
     var top = open.x;
-    for (var s = 0u; s < 64u; s++) {
+    for (var s = 0u; s < count; s++) {
         top = max(top, tops[s]);
     }
     if lane < 64u {

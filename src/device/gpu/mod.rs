@@ -146,15 +146,7 @@ impl Gpu {
         let wide = smallest >= 32 && (facts.subgroup.0 >= 32 || room);
         // Shuffles stay inside 8 or 32 aligned lanes, so any larger size will do.
         let subgroups = facts.subgroup.0 >= if wide { 32 } else { 8 } && !options.without_subgroups;
-        let invocations = device.limits().max_compute_invocations_per_workgroup;
-        let compile = Compile {
-            subgroups,
-            wide,
-            // `fold_shared` has room for eight.
-            teams: if subgroups && invocations >= 12 * 32 { 12 } else { 8 },
-            table_decode: options.table_decode,
-            checked: options.checked_shaders,
-        };
+        let compile = Compile { subgroups, wide, table_decode: options.table_decode, checked: options.checked_shaders };
         Self {
             device,
             queue,

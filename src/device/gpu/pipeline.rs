@@ -24,6 +24,9 @@ struct Key {
     constants: Vec<(&'static str, u64)>,
 }
 
+/// Most groups of lanes in a workgroup of `moe_down_add`: `fold_shared` has room for so many.
+const TEAMS: u32 = 8;
+
 /// How shaders are compiled on this device.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Compile {
@@ -32,8 +35,6 @@ pub(super) struct Compile {
     /// Lanes that share a row of weights: 32 where subgroups have as many, else 8. Of the adapter, also where its
     /// subgroups are not used, so that the bits stay.
     pub(super) wide: bool,
-    /// Most groups of such lanes in a workgroup of `moe_down_add`.
-    pub(super) teams: u32,
     /// FP4 codes by a table instead of by subnormal halves.
     pub(super) table_decode: bool,
     /// Keep wgpu's bounds and loop checks in the shaders.
@@ -141,8 +142,8 @@ fn compile(device: &wgpu::Device, launch: &Launch, options: Compile, cache: Opti
         // Groups of lanes that share the slots of all routes evenly.
         if takes("TEAMS") {
             let routes = constant("A").expect("a kernel whose lanes share routes has their number");
-            let (items, most) = (routes * slots, options.teams);
-            constants.push(("TEAMS", f64::from(items.div_ceil(items.div_ceil(most)))));
+            let items = routes * slots;
+            constants.push(("TEAMS", f64::from(items.div_ceil(items.div_ceil(TEAMS)))));
         }
     }
     let bindings = shader::bindings(&parsed);

@@ -13,7 +13,7 @@
 // of lower experts.
 #import step
 #import tiles
-#import choose
+#import scores
 #import unused
 const WG = 256u;
 const FOUR = vec4<u32>(0u, 1u, 2u, 3u);
@@ -29,16 +29,6 @@ var<workgroup> begun: array<u32, WG>;
 fn how_many(which: vec4<bool>) -> u32 {
     let ones = select(vec4<u32>(0u), vec4<u32>(1u), which);
     return ones.x + ones.y + ones.z + ones.w;
-}
-
-const CHOICES = 256u;
-
-fn score_at(i: u32) -> f32 {
-    return scores[i];
-}
-
-fn one() -> u32 {
-    return min(arrayLength(&scores), 1u);
 }
 
 @compute @workgroup_size(WG)

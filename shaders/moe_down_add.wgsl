@@ -56,7 +56,7 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
     let weight = route_weights[t * A + a_of];
     let d = min(d0 + lane % ROWS, D - 1u);
     let before = residual[t * D + d];
-    // As many turns as compilers cannot know: written out they are slower, and 5 KB more code on NVIDIA.
+    // A bound that compilers do not know: they would write the turns out, 5 KB more code on NVIDIA, and slower.
     for (var turn = 0u; turn < A * SLOTS * min(arrayLength(&x), 1u); turn += TEAMS) {
         let item = turn + lane / LANES;
         let a = min(item / SLOTS, A - 1u);

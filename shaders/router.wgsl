@@ -10,21 +10,11 @@
 // override  E, A, ALL
 // requires  A <= 16, A <= E <= 1024
 // twin      src/ops/router.rs
-#import choose
+#import scores
 @group(0) @binding(0) var<storage, read> scores: array<f32>;
 @group(0) @binding(1) var<storage, read_write> experts: array<u32>;
 @group(0) @binding(2) var<storage, read_write> weights: array<f32>;
 const WG = 64u;
-
-const CHOICES = 256u;
-
-fn score_at(i: u32) -> f32 {
-    return scores[i];
-}
-
-fn one() -> u32 {
-    return min(arrayLength(&scores), 1u);
-}
 
 @compute @workgroup_size(WG)
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) lane: u32) {

@@ -156,6 +156,7 @@ shared!(
     "routing",
     "products",
     "row",
+    "scores",
     "segments",
     "sink_bf16",
     "sink_none",

@@ -1,4 +1,4 @@
-// products: rows of weights times rows of inputs, the heart of every matmul without matrix units a router's scores
+// products: rows of weights times rows of inputs, the heart of every matmul without matrix units but a router's scores
 // (norm_linear_few, linear_add) and moe_down_add's, whose inputs change with the rows. A workgroup has ROWS rows of weights and TOKENS
 // rows of inputs. Its lanes share K, sixteen elements each: a lane keeps its part of the inputs and lets the weights pass, BATCH rows
 // at a time. So a weight is read and decoded once for all TOKENS.

@@ -1,19 +1,9 @@
 // Fills slot `routes`: a workgroup carries one route, and chooses it itself, as router does; the first of a token's workgroups
 // writes the choice down.
-#import choose
+#import scores
 @group(0) @binding(5) var<storage, read> scores: array<f32>;          // [T, E]
 @group(0) @binding(9) var<storage, read_write> experts: array<u32>;   // [T, A]
 @group(0) @binding(10) var<storage, read_write> weights: array<f32>;  // [T, A]
-
-const CHOICES = 256u;
-
-fn score_at(i: u32) -> f32 {
-    return scores[i];
-}
-
-fn one() -> u32 {
-    return min(arrayLength(&scores), 1u);
-}
 
 fn expert_of(tile: u32, lane: u32, first: bool) -> u32 {
     choose(tile / A, 1u, lane, LANES * WARPS);

@@ -86,6 +86,7 @@ impl Chat {
             held: Channel::Final,
             ready: VecDeque::new(),
             failed: None,
+            stopped: false,
             over: false,
         })
     }
@@ -103,6 +104,8 @@ pub struct Answer<'c> {
     held: Channel,
     ready: VecDeque<Piece>,
     failed: Option<Error>,
+    /// Whether a stop string ended it.
+    stopped: bool,
     over: bool,
 }
 
@@ -114,7 +117,7 @@ impl Answer<'_> {
 
     /// Why the drawing of tokens ended, if it has; `None` also where the model began another role's message.
     pub fn finish(&self) -> Option<Finish> {
-        self.reply.finish()
+        if self.stopped { Some(Finish::StopString) } else { self.reply.finish() }
     }
 
     /// Draw one token and queue the pieces that it completes.
@@ -143,7 +146,7 @@ impl Answer<'_> {
             if let Event::Text { channel, recipient, text } = event
                 && self.queue(channel, recipient.is_some(), &text)
             {
-                self.over = true;
+                (self.over, self.stopped) = (true, true);
                 return drawn.map(drop);
             }
         }

@@ -13,16 +13,41 @@ use std::borrow::Cow;
 use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 
-/// Programs of decode steps, by rows, reach, and how they draw: each is recorded once.
+/// Programs of decode steps, by rows, reach, and how they draw: each is recorded once, but of those that have not been used for
+/// long again.
 #[derive(Debug, Default)]
-pub(crate) struct DecodePrograms(HashMap<(u32, u32, Draws), Program>);
+pub(crate) struct DecodePrograms {
+    recorded: HashMap<(u32, u32, Draws), (u64, Program)>,
+    clock: u64,
+}
 
 impl DecodePrograms {
+    /// Most programs that are kept: of a large model some 50 MB with what the device keeps for them.
+    const MOST: usize = 128;
+
+    /// What programs are recorded for, in a context of so many positions.
+    pub(crate) fn reaches(context: u32) -> impl Iterator<Item = u32> {
+        let most = Self::reach(context);
+        std::iter::successors(Some(Self::reach(1)), move |reach| (*reach < most).then(|| reach * 2))
+    }
+
+    /// One program for all reaches of as many segments, so that few are recorded.
+    fn reach(reach: u32) -> u32 {
+        reach.max(128).next_power_of_two()
+    }
+
     /// The program over `rows` rows that see `reach` positions at most. `record` is told how many it should be good for.
     pub(crate) fn get(&mut self, rows: u32, reach: u32, draws: Draws, record: impl FnOnce(u32) -> Program) -> &Program {
-        // One program for all reaches of as many segments, so that few are recorded.
-        let reach = reach.max(128).next_power_of_two();
-        self.0.entry((rows, reach, draws)).or_insert_with(|| record(reach).seal())
+        let reach = Self::reach(reach);
+        let key = (rows, reach, draws);
+        self.clock += 1;
+        if !self.recorded.contains_key(&key) && self.recorded.len() == Self::MOST {
+            let oldest = self.recorded.iter().min_by_key(|(_, (used, _))| *used).map(|(key, _)| *key);
+            oldest.and_then(|key| self.recorded.remove(&key));
+        }
+        let (used, program) = self.recorded.entry(key).or_insert_with(|| (0, record(reach).seal()));
+        *used = self.clock;
+        program
     }
 }
 

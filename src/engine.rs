@@ -32,6 +32,8 @@ pub enum DeviceChoice {
     /// The best GPU; the twins on the CPU if there is none but software ones.
     #[default]
     Auto,
+    /// The same, with these options for a GPU. Of adapters, only hardware is looked at, whatever their names.
+    Prefer(gpu::Options),
     /// A GPU, or an error.
     Gpu(gpu::Options),
     /// The twins.
@@ -145,7 +147,7 @@ impl EngineBuilder {
             Source::Dir(dir) => synth::open(dir, self.mapping)?,
         };
         let config = Config::open(&checkpoint)?;
-        let Text { tokenizer, chat, generation } = Text::load(&checkpoint, &config)?;
+        let Text { tokenizer, lead, chat, generation } = Text::load(&checkpoint, &config)?;
         let limit = config.max_position_embeddings;
         let context = self.context.unwrap_or(DEFAULT_CONTEXT.min(limit));
         let chunk = self.chunk.unwrap_or(DEFAULT_CHUNK);
@@ -169,7 +171,7 @@ impl EngineBuilder {
         let name = checkpoint.name().to_owned();
         let strict = self.strict;
         Ok(Engine {
-            inner: Arc::new(Inner { name, device, fallback, model, plan, strict, tokenizer, chat, generation }),
+            inner: Arc::new(Inner { name, device, fallback, model, plan, strict, tokenizer, lead, chat, generation }),
         })
     }
 }
@@ -180,12 +182,10 @@ fn open_device(choice: &DeviceChoice) -> Result<(Arc<dyn Device>, Option<String>
         DeviceChoice::Own(device) => (oracle::admit(device).map(|()| device.clone())?, None),
         DeviceChoice::Cpu => (Arc::new(Cpu::default()), None),
         DeviceChoice::Gpu(options) => (admitted(gpu::Gpu::open(options)?, options)?, None),
-        DeviceChoice::Auto => {
-            let opened = gpu::Gpu::open_hardware().and_then(|gpu| {
-                let options = gpu::Options { adapter: Some(gpu.facts().name.clone()), ..Default::default() };
-                admitted(gpu, &options).map_err(|e| e.to_string())
-            });
-            match opened {
+        DeviceChoice::Auto => return open_device(&DeviceChoice::Prefer(gpu::Options::default())),
+        DeviceChoice::Prefer(options) => {
+            let opened = gpu::Gpu::open_hardware(options);
+            match opened.and_then(|gpu| admitted(gpu, options).map_err(|e| e.to_string())) {
                 Ok(gpu) => (gpu, None),
                 Err(why) => (Arc::new(Cpu::default()), Some(format!("no GPU: {why}; running on the CPU"))),
             }
@@ -195,12 +195,16 @@ fn open_device(choice: &DeviceChoice) -> Result<(Arc<dyn Device>, Option<String>
 
 /// The GPU, if it knows its answers: with FP4 codes by a table where it flushes the subnormal halves that are faster.
 fn admitted(gpu: gpu::Gpu, options: &gpu::Options) -> Result<Arc<dyn Device>> {
-    let device: Arc<dyn Device> = Arc::new(gpu);
+    let gpu = Arc::new(gpu);
+    let device: Arc<dyn Device> = gpu.clone();
     let Err(refused) = oracle::admit(&device) else { return Ok(device) };
     if options.table_decode {
         return Err(refused);
     }
-    let device: Arc<dyn Device> = Arc::new(gpu::Gpu::open(&gpu::Options { table_decode: true, ..options.clone() })?);
+    let Some(by_table) = gpu.reopen(&gpu::Options { table_decode: true, ..options.clone() }) else {
+        return Err(refused);
+    };
+    let device: Arc<dyn Device> = Arc::new(by_table?);
     oracle::admit(&device).map(|()| device).map_err(|_| refused)
 }
 
@@ -219,6 +223,7 @@ struct Inner {
     plan: Plan,
     strict: bool,
     tokenizer: Option<Tokenizer>,
+    lead: Option<TokenId>,
     chat: Option<ChatFormat>,
     generation: GenerationConfig,
 }
@@ -307,6 +312,23 @@ impl Engine {
             Error::file(Path::new(&self.inner.name).join("tokenizer.json").display().to_string(), reason)
         };
         self.inner.tokenizer.as_ref().ok_or_else(missing)
+    }
+
+    /// The token that begins every text of this checkpoint, if one does.
+    pub fn leading_token(&self) -> Option<TokenId> {
+        self.inner.lead
+    }
+
+    /// The tokens of a text that the model is to go on with: special ones spelled in it count as such, and the first is the
+    /// checkpoint's leading token, if it has one.
+    pub fn text_tokens(&self, text: &str) -> Result<Vec<TokenId>> {
+        let mut tokens = self.tokenizer()?.encode_with_specials(text)?;
+        if let Some(lead) = self.inner.lead
+            && tokens.first() != Some(&lead)
+        {
+            tokens.insert(0, lead);
+        }
+        Ok(tokens)
     }
 
     /// How a conversation becomes a prompt; an error where the checkpoint does not say.

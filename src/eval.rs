@@ -2,18 +2,15 @@
 //! recorded trace (Kullback-Leibler divergence, agreement).
 //!
 //! The text's tokens are cut into windows, each computed from an empty cache. A window begins with the token that the
-//! tokenizer puts before every text, if it does ([`leading_token`]); the first token of a window without one has nothing
+//! tokenizer puts before every text, if it does ([`Engine::leading_token`]); the first token of a window without one has nothing
 //! to be predicted from and is not scored. With a stride below the window's length the windows overlap, and each token is
 //! scored once, in the first window that has it. Logits come from the engine in f32; everything after is f64.
 
 use std::time::{Duration, Instant};
 
-use serde_json::Value;
-
-use crate::checkpoint::{Checkpoint, json};
 use crate::engine::{Engine, Session, Want};
 use crate::error::{Error, Result};
-use crate::tokenizer::{TokenId, Tokenizer};
+use crate::tokenizer::TokenId;
 use crate::trace::file::{TraceFile, Values};
 
 /// Tokens of a window unless asked otherwise (or fewer, if the context is shorter).
@@ -114,49 +111,6 @@ impl Report {
         let seconds = score.time.as_secs_f64();
         if seconds > 0.0 { self.computed as f64 / seconds } else { 0.0 }
     }
-}
-
-/// The token that a tokenizer puts before every text: what `post_processor` in `tokenizer.json` begins a single text with,
-/// else `bos_token` where `tokenizer_config.json` says `add_bos_token`. [`Tokenizer::encode_with_specials`] leaves it out,
-/// since templates write it themselves.
-pub fn leading_token(checkpoint: &Checkpoint, tokenizer: &Tokenizer) -> Result<Option<TokenId>> {
-    #[derive(serde::Deserialize)]
-    struct Tail {
-        #[serde(default)]
-        post_processor: Value,
-    }
-    if let Some(bytes) = checkpoint.file("tokenizer.json") {
-        let path = checkpoint.path("tokenizer.json");
-        let tail: Tail = serde_json::from_slice(bytes)
-            .map_err(|e| Error::file(path, format!("is not valid JSON: {}", json::clip(&e.to_string(), 200))))?;
-        if let Some(id) = template_start(&tail.post_processor) {
-            return Ok(Some(id));
-        }
-    }
-    let Some(bytes) = checkpoint.file("tokenizer_config.json") else { return Ok(None) };
-    let path = checkpoint.path("tokenizer_config.json");
-    let config = json::object(&path, bytes)?;
-    if config.get("add_bos_token") != Some(&Value::Bool(true)) {
-        return Ok(None);
-    }
-    let named = match config.get("bos_token") {
-        Some(Value::String(token)) => Some(token.as_str()),
-        Some(token) => token.get("content").and_then(Value::as_str),
-        None => None,
-    };
-    let fault = |reason: &str| Error::file(&path, format!("says add_bos_token, {reason}"));
-    let named = named.ok_or_else(|| fault("but no bos_token"))?;
-    tokenizer.token_id(named).map(Some).ok_or_else(|| fault("but its bos_token is not in the vocabulary"))
-}
-
-/// The special token that a template processor, alone or in a sequence, begins a single text with.
-fn template_start(processor: &Value) -> Option<TokenId> {
-    if let Some(list) = processor.get("processors").and_then(Value::as_array) {
-        return list.iter().find_map(template_start);
-    }
-    let first = processor.get("single")?.get(0)?.get("SpecialToken")?.get("id")?.as_str()?;
-    let ids = processor.get("special_tokens")?.get(first)?.get("ids")?;
-    TokenId::try_from(ids.get(0)?.as_u64()?).ok()
 }
 
 /// The natural logarithms of the probabilities that logits stand for, in f64.
@@ -459,16 +413,5 @@ mod tests {
         let (p, q) = (log_softmax(&[0.0, 0.0]).unwrap(), log_softmax(&[3f32.ln(), 0.0]).unwrap());
         let want = 0.5 * (0.5f64 / 0.75).ln() + 0.5 * (0.5f64 / 0.25).ln();
         assert!((divergence(&p, &q) - want).abs() < 1e-7);
-    }
-
-    #[test]
-    fn templates_say_what_comes_first() {
-        let json = r#"{"type": "Sequence", "processors": [{"type": "ByteLevel"}, {"type": "TemplateProcessing",
-            "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
-            "special_tokens": {"<s>": {"id": "<s>", "ids": [7], "tokens": ["<s>"]}}}]}"#;
-        assert_eq!(template_start(&serde_json::from_str(json).unwrap()), Some(7));
-        let after = json.replace(r#"[{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"#, r#"[{"#);
-        assert_eq!(template_start(&serde_json::from_str(&after).unwrap()), None);
-        assert_eq!(template_start(&Value::Null), None);
     }
 }

@@ -91,7 +91,10 @@ pub(crate) struct Kv {
     last_node: u64,
 }
 
+/// The prefix of nothing.
 const ROOT: u64 = 0;
+/// What leads to prefixes that nobody is to begin with.
+const DISTRUSTED: u64 = 1;
 
 #[derive(Debug)]
 struct Pool {
@@ -192,15 +195,15 @@ impl Kv {
     /// With all pages free. `tables`: where the device's page tables stand.
     pub fn new(sizes: Sizes, share: bool, tables: [Option<Slice>; 2]) -> Self {
         let table = |slice| Table { slice, entries: vec![0; sizes.sequences * sizes.places], changed: BTreeMap::new() };
-        let root = Node { parent: ROOT, last: Arc::new([]), children: HashMap::new(), pages: [None; 2] };
+        let root = || Node { parent: ROOT, last: Arc::new([]), children: HashMap::new(), pages: [None; 2] };
         Self {
             sizes,
             share,
             pools: sizes.pages.map(Pool::new),
             tables: tables.map(table),
             sequences: (0..sizes.sequences).map(|_| None).collect(),
-            nodes: HashMap::from([(ROOT, root)]),
-            last_node: ROOT,
+            nodes: HashMap::from([(ROOT, root()), (DISTRUSTED, root())]),
+            last_node: DISTRUSTED,
         }
     }
 
@@ -286,6 +289,21 @@ impl Kv {
         }
         self.sequence_mut(slot).len = len;
         self.pass(slot);
+    }
+
+    /// What a sequence computed is not to be believed: no other begins with it, or with a part of it, from now on. Those that did
+    /// go on; as they end, the pages are used again.
+    pub fn distrust(&mut self, slot: usize) {
+        let mut node = self.sequence(slot).node;
+        while ![ROOT, DISTRUSTED].contains(&node) {
+            let Node { parent, last, .. } = &self.nodes[&node];
+            let (parent, last) = (*parent, last.clone());
+            if parent == ROOT {
+                self.nodes.get_mut(&ROOT).expect("the root stays").children.remove(&last);
+                self.nodes.get_mut(&node).expect("just seen").parent = DISTRUSTED;
+            }
+            node = parent;
+        }
     }
 
     /// Give back the pages that were taken for positions that are not computed after all.
@@ -500,8 +518,9 @@ impl Kv {
                 }
             }
         }
-        for (id, node) in self.nodes.iter().filter(|(id, _)| **id != ROOT) {
-            let known = self.nodes.get(&node.parent).is_some_and(|parent| parent.children.get(&node.last) == Some(id));
+        for (id, node) in self.nodes.iter().filter(|(id, _)| ![ROOT, DISTRUSTED].contains(id)) {
+            let leads_here = |parent: &Node| parent.children.get(&node.last) == Some(id);
+            let known = node.parent == DISTRUSTED || self.nodes.get(&node.parent).is_some_and(leads_here);
             if !known || node.pages[FULL].is_none() {
                 return Err(format!("prefix {id} is lost: {node:?}"));
             }
@@ -613,6 +632,9 @@ mod tests {
                 match r {
                     2 if left < tokens.len() => {
                         m.running.remove(at);
+                        if random(&mut state, 8) == 0 {
+                            m.kv.distrust(slot);
+                        }
                         m.kv.release(slot);
                     }
                     3 => {
@@ -677,6 +699,39 @@ mod tests {
         kv.release(slot);
         let slot = kv.admit(&tokens(0), 5).unwrap();
         assert_eq!(kv.len(slot), 2);
+    }
+
+    #[test]
+    fn what_is_distrusted_is_computed_anew() {
+        let (places, pages) = (10, [12, 0]);
+        let sizes = Sizes { page: 2, window: None, sequences: 3, places, ahead: 1, rows: 4, pages, bound: false };
+        let mut kv = Kv::new(sizes, true, [None; 2]);
+        let tokens: Vec<Held> = (0..7).map(|token| Held { token, drawn: false }).collect();
+        let begin = |kv: &mut Kv, known: usize, to: usize| {
+            let slot = kv.admit(&tokens, 7).unwrap();
+            assert_eq!(kv.len(slot), known);
+            kv.grow(slot, to);
+            kv.commit(slot, &tokens, to);
+            slot
+        };
+        let (bad, beside) = (begin(&mut kv, 0, 4), begin(&mut kv, 4, 6));
+        kv.distrust(bad);
+        kv.distrust(bad);
+        kv.release(bad);
+        kv.check().unwrap();
+        let good = begin(&mut kv, 0, 6);
+        kv.release(beside);
+        kv.check().unwrap();
+        // The pages of the others are taken, those of this one stay known.
+        kv.release(good);
+        let many: Vec<Held> = (100..112).map(|token| Held { token, drawn: false }).collect();
+        let slot = kv.admit(&many, 12).unwrap();
+        kv.grow(slot, 12);
+        kv.commit(slot, &many, 12);
+        kv.release(slot);
+        kv.check().unwrap();
+        begin(&mut kv, 6, 6);
+        kv.check().unwrap();
     }
 
     #[test]

@@ -4,6 +4,7 @@
 
 use crate::ops::Op;
 use crate::shader::Kernel;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 /// A buffer on some device. Ids are never used twice in a process.
@@ -168,9 +169,13 @@ pub struct Program {
     pub(crate) matrix: bool,
     /// Record what fused ops do as launches of their own, with the same bits: the lab looks between them.
     pub(crate) in_parts: bool,
-    /// Unique in the process: this very list of launches, which will not change any more.
-    sealed: Option<u64>,
+    /// Of this very list of launches, which will not change any more.
+    sealed: Option<Arc<Seal>>,
 }
+
+/// A number that no other list of launches has. It lives as long as its program does, and so may what a device keeps for it.
+#[derive(Debug)]
+pub(crate) struct Seal(pub(crate) u64);
 
 impl Program {
     /// An empty program for steps of `tokens` rows.
@@ -201,13 +206,13 @@ impl Program {
     /// Promise that the launches stay as they are, so that a device may keep what it made of them.
     pub(crate) fn seal(mut self) -> Self {
         static NEXT: AtomicU64 = AtomicU64::new(1);
-        self.sealed = Some(NEXT.fetch_add(1, Ordering::Relaxed));
+        self.sealed = Some(Arc::new(Seal(NEXT.fetch_add(1, Ordering::Relaxed))));
         self
     }
 
-    /// The number of a sealed program.
-    pub(crate) fn sealed(&self) -> Option<u64> {
-        self.sealed
+    /// The seal of a sealed program.
+    pub(crate) fn sealed(&self) -> Option<&Arc<Seal>> {
+        self.sealed.as_ref()
     }
 
     pub(crate) fn push(&mut self, mut launch: Launch) {

@@ -208,11 +208,13 @@ impl Scheduler {
             &model.body(1, engine.prompt_role(1), false, &state),
             &model.body(plan.chunk, engine.prompt_role(plan.context as usize), false, &state),
             &model.head(1, &state),
-            &model.decode(options.sessions as u32, 1, false, Draws::Likeliest, &state),
             // Every kernel that drawing has, for as many rows at once as there may be.
             &model.draw(state.max_picks.min((options.sessions + options.drafts) as u32), Draws::Rounds(3), &state),
         ] {
             device.prepare(program)?;
+        }
+        for reach in DecodePrograms::reaches(plan.context) {
+            device.prepare(&model.decode(options.sessions as u32, reach, false, Draws::Likeliest, &state))?;
         }
         Ok(Self {
             engine: engine.clone(),

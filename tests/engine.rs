@@ -3,9 +3,9 @@
 use crate::harness::{Named, cpu, gpu, gpus, small_binding_gpu};
 use crate::models::{copy_to_write, fixture};
 use fourfold::device::gpu::Options;
-use fourfold::device::{Device, Limits, cpu::Cpu};
+use fourfold::device::{Buffer, Device, Limits, cpu::Cpu};
 use fourfold::ops::Op;
-use fourfold::program::Program;
+use fourfold::program::{HostStages, Program};
 use fourfold::{
     Chat, DeviceChoice, Edit, Engine, Error, Finish, Gpu, ReplyOptions, Sampling, Session, Token, Want, wgpu,
 };
@@ -320,6 +320,12 @@ fn a_lost_device_is_an_error() {
     }
     let error = engine.session().unwrap_err();
     assert!(matches!(error, Error::DeviceLost(_)), "{error}");
+    // A kernel that was not compiled before: the application's error handler, which panics, must not hear of it.
+    let buffer = Buffer::new(&cpu(), "row", 16).unwrap().slice();
+    let mut program = Program::new(1, HostStages::default());
+    program.add(3, buffer, buffer, buffer);
+    let error = gpu.prepare(&program).unwrap_err();
+    assert!(matches!(error, Error::DeviceLost(_)), "{error}");
 }
 
 #[test]
@@ -383,7 +389,7 @@ fn running_out_of_device_memory_is_an_error() {
     let mut held = Vec::new();
     let error = loop {
         assert!(held.len() < 4096, "{} GiB and no end", held.len());
-        match fourfold::device::Buffer::new(&device, "ballast", 1 << 30) {
+        match Buffer::new(&device, "ballast", 1 << 30) {
             Ok(buffer) => held.push(buffer),
             Err(e) => break e,
         }

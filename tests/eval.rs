@@ -5,7 +5,8 @@ use std::path::PathBuf;
 use std::process::{Command, Output};
 use std::sync::OnceLock;
 
-use fourfold::eval::{Against, Options, Report, evaluate, leading_token};
+use fourfold::eval::{Against, Options, Report, evaluate};
+use fourfold::tokenizer::leading_token;
 use fourfold::trace::file::{IfThere, TraceFile, TraceWriter};
 use fourfold::trace::record::{Keep, record};
 use fourfold::{DeviceChoice, Engine, EngineBuilder, Want};

@@ -54,16 +54,19 @@ pub fn gpus() -> &'static [Named] {
     })
 }
 
-/// The GPU with its matrix units, if it has any.
+/// The GPU with its matrix units, if it has any: with `REQUIRE_MATRIX` set it must.
 pub fn matrix_gpu() -> Option<Arc<dyn Device>> {
+    gpu()?;
     let options = gpu::Options {
         adapter: std::env::var("FOURFOLD_TEST_ADAPTER").ok(),
         pipeline_cache: gpu::PipelineCache::Off,
         ..Default::default()
     };
-    let gpu: Arc<dyn Device> = Arc::new(Gpu::open(&options).ok()?);
+    let gpu: Arc<dyn Device> = Arc::new(Gpu::open(&options).expect("it opened without matrix units"));
     if !gpu.limits().matrix {
-        eprintln!("SKIPPED: {} has no matrix units that kernels here can take", gpu.describe());
+        let why = format!("{} has no matrix units that kernels here can take", gpu.describe());
+        assert!(std::env::var_os("REQUIRE_MATRIX").is_none(), "REQUIRE_MATRIX is set, but {why}");
+        eprintln!("SKIPPED: {why}");
         return None;
     }
     Some(gpu)

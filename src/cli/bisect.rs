@@ -63,7 +63,7 @@ struct PromptArgs {
 impl PromptArgs {
     fn tokens(&self, engine: &Engine) -> anyhow::Result<Vec<u32>> {
         let tokens = match &self.prompt {
-            Some(text) => engine.tokenizer()?.encode_with_specials(text)?,
+            Some(text) => engine.text_tokens(text)?,
             None => self.tokens.clone(),
         };
         if tokens.is_empty() {

@@ -144,7 +144,8 @@ impl EngineArgs {
                     .into())
             }
             DeviceArg::Cpu => Ok(DeviceChoice::Cpu),
-            DeviceArg::Auto if !asks_for_gpu => Ok(DeviceChoice::Auto),
+            // The CPU has no matrix units to leave alone.
+            DeviceArg::Auto if !asks_for_gpu => Ok(DeviceChoice::Prefer(self.gpu_options())),
             DeviceArg::Auto | DeviceArg::Gpu => Ok(self.gpu()),
         }
     }
@@ -166,7 +167,11 @@ impl EngineArgs {
 
     /// The GPU that the options ask for.
     pub(super) fn gpu(&self) -> DeviceChoice {
-        DeviceChoice::Gpu(gpu::Options {
+        DeviceChoice::Gpu(self.gpu_options())
+    }
+
+    fn gpu_options(&self) -> gpu::Options {
+        gpu::Options {
             adapter: self.adapter.clone(),
             checked_shaders: self.checked_shaders,
             without_subgroups: self.no_subgroups,
@@ -175,7 +180,7 @@ impl EngineArgs {
             max_memory_bytes: self.max_memory_bytes,
             table_decode: false,
             pipeline_cache: gpu::PipelineCache::Auto,
-        })
+        }
     }
 
     /// The checkpoint itself.

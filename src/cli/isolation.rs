@@ -51,7 +51,7 @@ pub(super) struct Args {
 impl Args {
     fn tokens(&self, engine: &Engine) -> fourfold::Result<Vec<u32>> {
         match &self.prompt {
-            Some(text) => engine.tokenizer()?.encode_with_specials(text),
+            Some(text) => engine.text_tokens(text),
             None if self.tokens.is_empty() => {
                 let vocab = engine.config().vocab_size as u32;
                 Ok((0..TOKENS).map(|i| i.wrapping_mul(2_654_435_761) % vocab).collect())

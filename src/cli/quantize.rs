@@ -5,7 +5,6 @@ use super::{Ending, Usage};
 use clap::ValueEnum;
 use fourfold::checkpoint::{Checkpoint, Mapping};
 use fourfold::device::gpu;
-use fourfold::eval::leading_token;
 use fourfold::format::Format;
 use fourfold::quantize::{self, Calibration, Changed, Options, Progress, Report, ScaleSearch};
 use fourfold::{DeviceChoice, Engine, Error};
@@ -114,7 +113,7 @@ pub(super) fn quantize(args: &Args, verbose: bool) -> anyhow::Result<Ending> {
     // Before the long run of a calibration.
     quantize::check(&source, &args.destination, &options)?;
     if let Some(file) = &args.calibrate {
-        options.calibration = Some(calibration(args, file, &source, device, mapping)?);
+        options.calibration = Some(calibration(args, file, device, mapping)?);
     }
     let bar = bar(args.quiet, "quantizing {wide_bar} {binary_bytes} of {binary_total_bytes}");
     let mut see = |p: &Progress| {
@@ -154,13 +153,7 @@ fn device(args: &Args) -> anyhow::Result<DeviceChoice> {
     }
 }
 
-fn calibration(
-    args: &Args,
-    file: &Path,
-    source: &Checkpoint,
-    device: DeviceChoice,
-    mapping: Mapping,
-) -> anyhow::Result<Calibration> {
+fn calibration(args: &Args, file: &Path, device: DeviceChoice, mapping: Mapping) -> anyhow::Result<Calibration> {
     let text = read_text(file)?;
     let loading = terminal::loading(args.quiet);
     let shown = loading.clone();
@@ -177,7 +170,7 @@ fn calibration(
     let tokenizer = engine.tokenizer()?;
     let mut tokens = tokenizer.encode_with_specials(&text)?;
     tokens.truncate(args.calibrate_tokens);
-    let lead = leading_token(source, tokenizer)?;
+    let lead = engine.leading_token();
     let bar = bar(args.quiet, "calibrating {wide_bar} {pos} of {len} tokens");
     let mut see = |p: &Progress| {
         bar.set_length(p.total);

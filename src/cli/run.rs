@@ -82,9 +82,9 @@ pub(super) struct Drawing {
     stop: Vec<String>,
     #[command(flatten)]
     chances: Chances,
-    /// Divide (or, below 0, multiply) the logits of tokens that occurred; 1 is off
-    #[arg(long, value_name = "X", default_value_t = 1.0)]
-    repetition_penalty: f32,
+    /// Divide (or, below 0, multiply) the logits of tokens that occurred; 1 is off [default: the checkpoint's, else 1]
+    #[arg(long, value_name = "X")]
+    repetition_penalty: Option<f32>,
     /// Always the likeliest token
     #[arg(long, conflicts_with_all = ["temperature", "top_k", "top_p", "min_p", "seed", "stream"])]
     greedy: bool,
@@ -111,20 +111,22 @@ pub(super) struct Chances {
     /// Draw from the likeliest tokens that together have probability P; 1 is off [default: the checkpoint's, else 1; bench: 1]
     #[arg(long, value_name = "P")]
     top_p: Option<f32>,
-    /// Draw from tokens at least P times as likely as the likeliest; 0 is off
-    #[arg(long, value_name = "P", default_value_t = 0.0)]
-    min_p: f32,
+    /// Draw from tokens at least P times as likely as the likeliest; 0 is off [default: the checkpoint's, else 0; bench: 0]
+    #[arg(long, value_name = "P")]
+    min_p: Option<f32>,
 }
 
 impl Chances {
     /// The flags alone: where there are none, always the likeliest token.
     pub(super) fn alone(&self) -> Sampling {
-        let any = self.top_k.is_some_and(|k| k > 0) || self.top_p.is_some_and(|p| p != 1.0) || self.min_p > 0.0;
+        let any = self.top_k.is_some_and(|k| k > 0)
+            || self.top_p.is_some_and(|p| p != 1.0)
+            || self.min_p.is_some_and(|p| p != 0.0);
         Sampling {
             temperature: self.temperature.unwrap_or(if any { 1.0 } else { 0.0 }),
             top_k: self.top_k.unwrap_or(0),
             top_p: self.top_p.unwrap_or(1.0),
-            min_p: self.min_p,
+            min_p: self.min_p.unwrap_or(0.0),
             ..Sampling::default()
         }
     }
@@ -240,12 +242,11 @@ impl Run<'_> {
     }
 
     fn continue_text(&self, prompt: &str) -> anyhow::Result<Ending> {
-        let tokenizer = self.engine.tokenizer()?;
         let mut options = self.reply_options();
         options.max_tokens.get_or_insert(RAW_TOKENS);
         let mut session = self.session()?;
         let cancel = session.cancel_handle();
-        let mut reply = session.reply(&tokenizer.encode_with_specials(prompt)?, &options)?;
+        let mut reply = session.reply(&self.engine.text_tokens(prompt)?, &options)?;
         self.interrupt.begin(cancel);
         let paint = Paint(terminal::styled(&io::stdout()));
         let on_terminal = io::stdout().is_terminal();
@@ -417,11 +418,11 @@ impl Drawing {
         let recommended = if generation.do_sample == Some(false) { Some(0.0) } else { generation.temperature };
         let temperature = if self.greedy { 0.0 } else { self.chances.temperature.or(recommended).unwrap_or(1.0) };
         Sampling {
-            repetition_penalty: self.repetition_penalty,
+            repetition_penalty: self.repetition_penalty.or(generation.repetition_penalty).unwrap_or(1.0),
             temperature,
             top_k: self.chances.top_k.or(generation.top_k).unwrap_or(0),
             top_p: self.chances.top_p.or(generation.top_p).unwrap_or(1.0),
-            min_p: self.chances.min_p,
+            min_p: self.chances.min_p.or(generation.min_p).unwrap_or(0.0),
             seed,
             stream: self.stream,
             top_logprobs: self.logprobs.unwrap_or(0),

@@ -76,7 +76,7 @@ pub(super) fn trace(args: &Args, verbose: bool) -> anyhow::Result<Ending> {
     let engine = args.engine.load(args.engine.device()?, false)?;
     note_fallback(&engine);
     let tokens = match &args.prompt {
-        Some(text) => engine.tokenizer()?.encode_with_specials(text)?,
+        Some(text) => engine.text_tokens(text)?,
         None => args.tokens.clone(),
     };
     if tokens.is_empty() {

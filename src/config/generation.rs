@@ -18,6 +18,10 @@ pub struct GenerationConfig {
     pub top_p: Option<f32>,
     /// Top-k sampling; 0 means off.
     pub top_k: Option<usize>,
+    /// Sampling of tokens that are at least so likely beside the likeliest, 0 to 1; 0 means off.
+    pub min_p: Option<f32>,
+    /// What the logits of tokens that occurred are divided by, above 0; 1 means off.
+    pub repetition_penalty: Option<f32>,
 }
 
 impl GenerationConfig {
@@ -33,6 +37,8 @@ impl GenerationConfig {
             temperature: keys.optional_float("temperature", 0.0..=100.0)?.map(|t| t as f32),
             top_p: keys.optional_float("top_p", 1e-6..=1.0)?.map(|p| p as f32),
             top_k: keys.optional_int("top_k", 0..=MAX_TOKENS)?,
+            min_p: keys.optional_float("min_p", 0.0..=1.0)?.map(|p| p as f32),
+            repetition_penalty: keys.optional_float("repetition_penalty", 1e-6..=100.0)?.map(|p| p as f32),
         })
     }
 

@@ -222,7 +222,8 @@ fn generation_config_falls_back_to_the_model() {
     let read = |text: &str| GenerationConfig::from_json("generation_config.json", text.as_bytes(), &config);
     assert_eq!(read("{}").unwrap(), GenerationConfig::from_config(&config));
     assert_eq!(read("{}").unwrap().eos_token_id, [510]);
-    let full = r#"{"do_sample": true, "eos_token_id": [2, 0, 8], "temperature": 0.7, "top_p": 0.9, "top_k": 50}"#;
+    let full = r#"{"do_sample": true, "eos_token_id": [2, 0, 8], "temperature": 0.7, "top_p": 0.9, "top_k": 50,
+        "min_p": 0.05, "repetition_penalty": 1.1}"#;
     assert_eq!(
         read(full).unwrap(),
         GenerationConfig {
@@ -230,10 +231,14 @@ fn generation_config_falls_back_to_the_model() {
             do_sample: Some(true),
             temperature: Some(0.7),
             top_p: Some(0.9),
-            top_k: Some(50)
+            top_k: Some(50),
+            min_p: Some(0.05),
+            repetition_penalty: Some(1.1),
         }
     );
-    for bad in [r#"{"temperature": -1}"#, r#"{"top_p": 2}"#, r#"{"eos_token_id": [512]}"#, r#"{"top_k": -1}"#] {
+    let bad = [("temperature", "-1"), ("top_p", "2"), ("eos_token_id", "[512]"), ("top_k", "-1"), ("min_p", "3")];
+    for (key, value) in bad.into_iter().chain([("repetition_penalty", "0"), ("repetition_penalty", "-1")]) {
+        let bad = &format!(r#"{{"{key}": {value}}}"#);
         let error = read(bad).unwrap_err().to_string();
         assert!(error.starts_with("generation_config.json: "), "{error}");
     }

@@ -21,10 +21,14 @@ impl Engine {
         let role = self.prompt_role(self.context());
         let body = |tokens| edited(inner.model.body(tokens, role, edit.is_some(), &state), edit.as_ref());
         let programs = Programs { body: body(1).seal(), head: inner.model.head(1, &state).seal() };
-        let decode = inner.model.decode(1, 1, edit.is_some(), Draws::Likeliest, &state);
+        let decode = |reach| inner.model.decode(1, reach, edit.is_some(), Draws::Likeliest, &state);
         let draw = inner.model.draw(1, Draws::Rounds(3), &state); // every kernel that drawing has
-        for program in [&programs.body, &programs.head, &body(inner.plan.chunk), &decode, &draw] {
+        for program in [&programs.body, &programs.head, &body(inner.plan.chunk), &draw] {
             inner.device.prepare(program)?;
+        }
+        // Attention has other kernels where it sees more; nobody waits for them half-way through a reply.
+        for reach in DecodePrograms::reaches(inner.plan.context) {
+            inner.device.prepare(&decode(reach))?;
         }
         let cancel = Arc::new(AtomicBool::new(false));
         Ok(Session {

@@ -21,7 +21,7 @@ pub struct Calibration {
 }
 
 /// Runs an engine over `tokens` in windows of at most `window`, each from an empty cache and after `lead` if there is one
-/// ([`crate::eval::leading_token`]), and takes the largest magnitudes.
+/// ([`Engine::leading_token`]), and takes the largest magnitudes.
 pub fn calibrate(
     engine: &Engine,
     tokens: &[TokenId],

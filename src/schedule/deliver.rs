@@ -65,8 +65,10 @@ impl Scheduler {
                     break;
                 }
             }
-            if error.is_none() {
-                self.kv.commit(*slot, &task.tokens, task.tokens.len() - 1);
+            match &error {
+                None => self.kv.commit(*slot, &task.tokens, task.tokens.len() - 1),
+                // Logits that are no numbers: an earlier part of this prompt may be what is wrong.
+                Some(_) => self.kv.distrust(*slot),
             }
             if error.is_some() || task.output.finish.is_some() {
                 self.dismiss(at, error);

@@ -10,7 +10,7 @@ mod text;
 
 pub use chat::{ChatFormat, ChatOptions, ChatTemplate, Message, Reasoning};
 pub use harmony::{Channel, Event, Harmony, HarmonyMessage, HarmonyParser};
-pub use text::Text;
+pub use text::{Text, leading_token};
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -33,8 +33,9 @@ struct Inner {
     /// Set to read special tokens as ordinary text.
     hf: tokenizers::Tokenizer,
     specials: Specials,
-    /// Absent where the vocabulary is not byte-level.
-    table: Option<ByteTable>,
+    table: ByteTable,
+    /// Spaces that a text does not begin with, though its first token does.
+    lead: usize,
     vocab_size: usize,
     max_id: TokenId,
 }
@@ -70,11 +71,17 @@ impl Tokenizer {
             added.insert(id, token.content);
         }
         specials.finish();
-        let byte_level =
-            hf.get_decoder().is_some_and(|d| serde_json::to_string(d).is_ok_and(|json| json.contains("\"ByteLevel\"")));
-        let table = byte_level.then(|| ByteTable::new(&vocab, &added));
+        let spelling = match hf.get_decoder() {
+            None => Spelling::default(),
+            Some(decoder) => {
+                let decoder = serde_json::to_value(decoder).map_err(|e| unusable(e.to_string()))?;
+                Spelling::of(&decoder).map_err(unusable)?
+            }
+        };
+        let table = ByteTable::new(&vocab, |id, token| spelling.bytes(token, added.contains_key(&id)));
         let max_id = vocab.values().copied().max().unwrap_or_default();
-        Ok(Self { inner: Arc::new(Inner { vocab_size: vocab.len(), max_id, hf, specials, table }) })
+        let lead = spelling.lead;
+        Ok(Self { inner: Arc::new(Inner { vocab_size: vocab.len(), max_id, hf, specials, table, lead }) })
     }
 
     /// The tokens of ordinary text. A special token spelled in it (`<|end|>`) becomes ordinary tokens.
@@ -133,27 +140,23 @@ impl Tokenizer {
         self.inner.specials.texts.contains_key(&id)
     }
 
-    /// The text of tokens, special ones left out; bytes that are not UTF-8 become U+FFFD.
+    /// The text of tokens, special ones left out; bytes that are not UTF-8 become U+FFFD. A whole text: where the vocabulary
+    /// begins every text with a space, that is left out as well.
     pub fn decode(&self, ids: &[TokenId]) -> String {
-        if self.inner.table.is_none() {
-            return self.inner.hf.decode(ids, true).unwrap_or_default();
-        }
         let mut bytes = Vec::new();
         for &id in ids.iter().filter(|&&id| !self.is_special(id)) {
             bytes.extend_from_slice(&self.token_bytes(id));
         }
-        String::from_utf8_lossy(&bytes).into_owned()
+        let lead = bytes.iter().take(self.inner.lead).take_while(|b| **b == b' ').count();
+        String::from_utf8_lossy(&bytes[lead..]).into_owned()
     }
 
-    /// The bytes that one token stands for: part of a character, perhaps. A special token gives its spelling, an unknown
-    /// id nothing.
+    /// The bytes that one token stands for, wherever it stands: part of a character, perhaps, or a word with the space before
+    /// it. A special token gives its spelling, an unknown id nothing.
     pub fn token_bytes(&self, id: TokenId) -> Vec<u8> {
-        if let Some(text) = self.inner.specials.texts.get(&id) {
-            return text.clone().into_bytes();
-        }
-        match &self.inner.table {
-            Some(table) => table.get(id).to_vec(),
-            None => self.inner.hf.decode(&[id], false).unwrap_or_default().into_bytes(),
+        match self.inner.specials.texts.get(&id) {
+            Some(text) => text.clone().into_bytes(),
+            None => self.inner.table.get(id).to_vec(),
         }
     }
 
@@ -258,6 +261,68 @@ impl Specials {
     }
 }
 
+/// How a vocabulary writes bytes: as its `decoder` reads them.
+#[derive(Default)]
+struct Spelling {
+    /// A character for each byte; empty where the vocabulary is not byte-level.
+    alphabet: HashMap<char, u8>,
+    /// What stands for what, in this order (SentencePiece's `▁` for a space).
+    replaced: Vec<(String, String)>,
+    /// Whether `<0x0A>` is a byte.
+    bytes_named: bool,
+    /// Spaces that are left out at the beginning of a text.
+    lead: usize,
+}
+
+impl Spelling {
+    /// By the decoder of a `tokenizer.json`; or why that is not one of these.
+    fn of(decoder: &serde_json::Value) -> Result<Self, String> {
+        let mut spelling = Self::default();
+        spelling.read(decoder)?;
+        Ok(spelling)
+    }
+
+    fn read(&mut self, decoder: &serde_json::Value) -> Result<(), String> {
+        let text = |value: &serde_json::Value| value.as_str().unwrap_or_default().to_owned();
+        let kind = text(&decoder["type"]);
+        match kind.as_str() {
+            "Sequence" => decoder["decoders"].as_array().into_iter().flatten().try_for_each(|d| self.read(d))?,
+            "ByteLevel" => self.alphabet = byte_alphabet().into_iter().zip(0..=255).collect(),
+            "ByteFallback" => self.bytes_named = true,
+            "Fuse" => {}
+            "Metaspace" => {
+                self.replaced.push((text(&decoder["replacement"]), " ".into()));
+                self.lead = usize::from(decoder["prepend_scheme"] != "never");
+            }
+            "Replace" if decoder["pattern"]["String"].is_string() => {
+                self.replaced.push((text(&decoder["pattern"]["String"]), text(&decoder["content"])));
+            }
+            "Strip" if decoder["content"] == " " && decoder["stop"] == 0 => {
+                self.lead = decoder["start"].as_u64().unwrap_or_default() as usize;
+            }
+            _ => {
+                return Err(format!(
+                    "its decoder has a step {kind:?}; byte-level and SentencePiece vocabularies are read"
+                ));
+            }
+        }
+        Ok(())
+    }
+
+    /// The bytes of a token; added ones are written as they are in byte-level vocabularies.
+    fn bytes(&self, token: &str, added: bool) -> Vec<u8> {
+        if !self.alphabet.is_empty() {
+            let spelled: Option<Vec<u8>> = token.chars().map(|c| self.alphabet.get(&c).copied()).collect();
+            return spelled.filter(|_| !added).unwrap_or_else(|| token.into());
+        }
+        let named = token.strip_prefix("<0x").and_then(|rest| rest.strip_suffix('>')).filter(|hex| hex.len() == 2);
+        match named.and_then(|hex| u8::from_str_radix(hex, 16).ok()).filter(|_| self.bytes_named) {
+            Some(byte) => vec![byte],
+            None => self.replaced.iter().fold(token.to_owned(), |text, (from, to)| text.replace(from, to)).into(),
+        }
+    }
+}
+
 /// Every token's bytes, one after the other; token `id` ends at `ends[id]`.
 struct ByteTable {
     bytes: Vec<u8>,
@@ -265,23 +330,18 @@ struct ByteTable {
 }
 
 impl ByteTable {
-    fn new(vocab: &HashMap<String, TokenId>, added: &HashMap<TokenId, String>) -> Self {
-        let alphabet: HashMap<char, u8> = byte_alphabet().into_iter().zip(0..=255).collect();
+    /// With the bytes of each token, by its id and name.
+    fn new(vocab: &HashMap<String, TokenId>, bytes: impl Fn(TokenId, &str) -> Vec<u8>) -> Self {
         let mut tokens: Vec<(TokenId, &str)> = vocab.iter().map(|(token, &id)| (id, token.as_str())).collect();
         tokens.sort_unstable();
         let mut table = Self { bytes: Vec::new(), ends: Vec::new() };
         for (id, token) in tokens {
             // Ids without a token stand for nothing; of two spellings of one id the first counts.
-            let id = id as usize;
-            if table.ends.len() > id {
+            if table.ends.len() > id as usize {
                 continue;
             }
-            table.ends.resize(id, table.bytes.len() as u32);
-            let spelled: Option<Vec<u8>> = token.chars().map(|c| alphabet.get(&c).copied()).collect();
-            match spelled {
-                Some(bytes) if !added.contains_key(&(id as TokenId)) => table.bytes.extend(bytes),
-                _ => table.bytes.extend(token.as_bytes()),
-            }
+            table.ends.resize(id as usize, table.bytes.len() as u32);
+            table.bytes.extend(bytes(id, token));
             table.ends.push(table.bytes.len() as u32);
         }
         table

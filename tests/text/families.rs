@@ -3,7 +3,7 @@
 
 use fourfold::checkpoint::{Checkpoint, Mapping};
 use fourfold::config::Config;
-use fourfold::tokenizer::{ChatOptions, ChatTemplate, Message, Reasoning, Text, Tokenizer};
+use fourfold::tokenizer::{ChatOptions, ChatTemplate, Message, Reasoning, Text, Tokenizer, Utf8Stream};
 use serde_json::json;
 
 use super::{ids, list, read, say, string, vectors};
@@ -75,4 +75,54 @@ fn bytes_without_a_symbol_are_dropped_as_transformers_does() {
     }
     // Half a character is left of the first.
     assert_eq!(tokenizer.decode(&[0, 3, 1]), "a\u{FFFD}b");
+}
+
+/// Llama 2's kind of vocabulary: words with `▁` for the space before them, and what has no token as `<0xNN>` for each byte.
+/// The tokenizers crate decodes whole texts; a reply goes out token by token.
+fn sentencepiece(decoder: &serde_json::Value, normalizer: &serde_json::Value) -> Vec<u8> {
+    let mut vocab: Vec<String> = ["<unk>", "<s>", "</s>"].map(str::to_owned).to_vec();
+    vocab.extend((0..=255).map(|byte| format!("<0x{byte:02X}>")));
+    vocab.extend("▁onceupatimüé".chars().map(String::from));
+    let merges = [("▁", "o"), ("o", "n"), ("▁", "u"), ("▁u", "p"), ("▁up", "on"), ("▁", "▁"), ("t", "i"), ("▁", "ti")];
+    vocab.extend(merges.map(|(a, b)| format!("{a}{b}")));
+    let ids: serde_json::Map<_, _> = vocab.into_iter().enumerate().map(|(id, token)| (token, json!(id))).collect();
+    let special = |id: u32, content: &str| json!({"id": id, "content": content, "single_word": false, "lstrip": false, "rstrip": false, "normalized": false, "special": true});
+    let json = json!({"version": "1.0", "truncation": null, "padding": null,
+        "added_tokens": [special(0, "<unk>"), special(1, "<s>"), special(2, "</s>")], "normalizer": normalizer,
+        "pre_tokenizer": null, "post_processor": null, "decoder": decoder,
+        "model": {"type": "BPE", "dropout": null, "unk_token": "<unk>", "continuing_subword_prefix": null,
+            "end_of_word_suffix": null, "fuse_unk": true, "byte_fallback": true, "ignore_merges": false,
+            "vocab": ids, "merges": merges.map(|(a, b)| [a, b])}});
+    serde_json::to_vec(&json).unwrap()
+}
+
+#[test]
+fn sentencepiece_replies_keep_their_spaces_and_characters() {
+    let replace = |from: &str, to: &str| json!({"type": "Replace", "pattern": {"String": from}, "content": to});
+    let normalizer =
+        json!({"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"}, replace(" ", "▁")]});
+    let fallback = json!({"type": "ByteFallback"});
+    let llama = json!({"type": "Sequence", "decoders": [replace("▁", " "), fallback, {"type": "Fuse"},
+        {"type": "Strip", "content": " ", "start": 1, "stop": 0}]});
+    let metaspace = json!({"type": "Sequence", "decoders": [fallback,
+        {"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": true}]});
+    for decoder in [llama, metaspace] {
+        let json = sentencepiece(&decoder, &normalizer);
+        let theirs = tokenizers::Tokenizer::from_bytes(&json).unwrap();
+        let ours = Tokenizer::from_bytes("sentencepiece", &json).unwrap();
+        for text in ["once upon a time", "upon  a Zürich, 你好 😀\nonce", "é", "once </s>", ""] {
+            let ids = ours.encode(text).unwrap();
+            assert_eq!(ours.decode(&ids), text, "{decoder}");
+            assert_eq!(theirs.decode(&ids, true).unwrap(), text, "{decoder}");
+            let mut stream = Utf8Stream::default();
+            let mut said: String = ids.iter().map(|&id| stream.push(&ours.token_bytes(id))).collect();
+            said += &stream.finish();
+            assert_eq!(said, if text.is_empty() { String::new() } else { format!(" {text}") }, "{decoder}");
+        }
+        assert_eq!(ours.token_bytes(3 + 0xE4), [0xE4]);
+        assert_eq!(ours.token_bytes(1), b"<s>");
+    }
+    let wordpiece = sentencepiece(&json!({"type": "WordPiece", "prefix": "##", "cleanup": true}), &normalizer);
+    let error = Tokenizer::from_bytes("wordpiece", &wordpiece).unwrap_err().to_string();
+    assert!(error.contains("WordPiece") && error.contains("byte-level"), "{error}");
 }

@@ -62,13 +62,7 @@ pub(super) fn facts(info: &wgpu::AdapterInfo, features: Features, limits: &Limit
     AdapterFacts {
         name: info.name.clone(),
         backend: format!("{:?}", info.backend),
-        kind: match info.device_type {
-            DeviceType::DiscreteGpu => "discrete GPU",
-            DeviceType::IntegratedGpu => "integrated GPU",
-            DeviceType::VirtualGpu => "virtual GPU",
-            DeviceType::Cpu => "software",
-            DeviceType::Other => "other",
-        },
+        kind: kind(info.device_type),
         driver: format!("{} {}", info.driver, info.driver_info).trim().to_owned(),
         subgroup: if subgroups { (info.subgroup_min_size, info.subgroup_max_size) } else { (0, 0) },
         f16: features.contains(Features::SHADER_F16),
@@ -80,16 +74,25 @@ pub(super) fn facts(info: &wgpu::AdapterInfo, features: Features, limits: &Limit
 
 /// Whether `auto` should take this adapter: a software one is slower than the twins.
 pub fn is_hardware(facts: &AdapterFacts) -> bool {
-    facts.kind != "software"
+    facts.kind != kind(DeviceType::Cpu)
 }
 
-/// Open the first adapter whose name contains `name` (ignoring case), or the first of all.
-pub(super) fn open(options: &super::Options) -> Result<(wgpu::Device, wgpu::Queue, bool)> {
-    let name = options.adapter.as_deref();
+fn kind(of: DeviceType) -> &'static str {
+    match of {
+        DeviceType::DiscreteGpu => "discrete GPU",
+        DeviceType::IntegratedGpu => "integrated GPU",
+        DeviceType::VirtualGpu => "virtual GPU",
+        DeviceType::Cpu => "software",
+        DeviceType::Other => "other",
+    }
+}
+
+/// The first adapter whose name contains `name` (ignoring case), or the first of all.
+pub(super) fn find(name: Option<&str>) -> Result<wgpu::Adapter> {
     let all = adapters();
     let wanted =
         |a: &&wgpu::Adapter| name.is_none_or(|name| a.get_info().name.to_lowercase().contains(&name.to_lowercase()));
-    let adapter = all.iter().find(wanted).ok_or_else(|| {
+    all.iter().find(wanted).cloned().ok_or_else(|| {
         let names: Vec<String> = all.iter().map(|a| a.get_info().name).collect();
         Error::Device(match (name, names.is_empty()) {
             (_, true) => {
@@ -100,7 +103,11 @@ pub(super) fn open(options: &super::Options) -> Result<(wgpu::Device, wgpu::Queu
             (Some(name), false) => format!("no adapter is called {name:?}; there are: {}", names.join(", ")),
             (None, false) => unreachable!("without a name every adapter is wanted"),
         })
-    })?;
+    })
+}
+
+/// Open an adapter; and whether with matrix units.
+pub(super) fn open(adapter: &wgpu::Adapter, options: &super::Options) -> Result<(wgpu::Device, wgpu::Queue, bool)> {
     let mut features = (Features::SUBGROUP | Features::TIMESTAMP_QUERY | Features::PIPELINE_CACHE) & adapter.features();
     if options.without_subgroups {
         features.remove(Features::SUBGROUP);

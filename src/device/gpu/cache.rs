@@ -95,9 +95,8 @@ impl Cache {
                 None
             }
         };
-        let scope = device.push_error_scope(wgpu::ErrorFilter::Validation);
-        let cache = create(device, data.as_deref());
-        if let Some(e) = pollster::block_on(scope.pop()) {
+        let (cache, error) = super::noted(device, || create(device, data.as_deref()));
+        if let Some(e) = error {
             tracing::debug!("no cache of pipelines: {e}");
             return None;
         }
@@ -170,16 +169,23 @@ fn read(path: &Path) -> io::Result<Vec<u8>> {
     Ok(bytes.split_off(16))
 }
 
-/// Under another name first, so that nobody reads half of it.
+/// Under another name first, which is this call's alone, so that nobody reads half of it.
 fn write(path: &Path, data: &[u8]) -> io::Result<()> {
-    let partial = path.with_extension(format!("{}.partial", std::process::id()));
-    let written = new_file(&partial).and_then(|mut file| {
+    let partial = path.with_extension(format!("{}.{}.partial", std::process::id(), call()));
+    let mut file = new_file(&partial)?;
+    let mut fill = || {
         file.write_all(MAGIC)?;
         file.write_all(&hash(data).to_le_bytes())?;
         file.write_all(data)
-    });
-    let renamed = written.and_then(|()| fs::rename(&partial, path));
+    };
+    let renamed = fill().and_then(|()| fs::rename(&partial, path));
     renamed.inspect_err(|_| _ = fs::remove_file(&partial))
+}
+
+/// A number that no other call in this process gets: several threads may make files at once.
+fn call() -> u64 {
+    static CALLS: std::sync::atomic::AtomicU64 = std::sync::atomic::AtomicU64::new(0);
+    CALLS.fetch_add(1, std::sync::atomic::Ordering::Relaxed)
 }
 
 /// Makes the folder, for its user alone, or holds the one that is there to the same.
@@ -201,10 +207,7 @@ fn private_folder(folder: &Path) -> io::Result<()> {
 #[cfg(unix)]
 fn is_private(about: &fs::Metadata, beside: &Path) -> io::Result<bool> {
     use std::os::unix::fs::MetadataExt;
-    // A name of its own for each call: several threads may ask.
-    static CALLS: std::sync::atomic::AtomicU64 = std::sync::atomic::AtomicU64::new(0);
-    let call = CALLS.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
-    let mine = beside.with_extension(format!("{}.{call}.mine", std::process::id()));
+    let mine = beside.with_extension(format!("{}.{}.mine", std::process::id(), call()));
     let user = new_file(&mine).and_then(|file| file.metadata()).map(|about| about.uid());
     let _ = fs::remove_file(&mine);
     Ok(about.uid() == user? && about.mode() & 0o022 == 0)

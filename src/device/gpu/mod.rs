@@ -15,13 +15,13 @@ pub use cache::PipelineCache;
 use super::{Device, Later, Limits, See, next_id};
 use crate::error::{Error, Result};
 use crate::ops::Layout;
-use crate::program::{BufferId, Program, Slice};
+use crate::program::{BufferId, Program, Seal, Slice};
 use cache::Cache;
 use pipeline::{Compile, Pipelines};
 use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, PoisonError, RwLock, Weak};
 use std::time::Duration;
 
 /// Longest wait for the device before it is reported as hung.
@@ -64,8 +64,8 @@ pub struct Gpu {
     pipelines: Pipelines,
     buffers: RwLock<HashMap<BufferId, wgpu::Buffer>>,
     bind_groups: Mutex<HashMap<run::BindKey, wgpu::BindGroup>>,
-    /// What sealed programs run, by their numbers. Emptied when any buffer is given back.
-    sealed: Mutex<HashMap<u64, Arc<Vec<run::Ready>>>>,
+    /// What sealed programs run, by their numbers, as long as they live. Emptied when any buffer is given back.
+    sealed: Mutex<HashMap<u64, (Weak<Seal>, Arc<Vec<run::Ready>>)>>,
     /// For readbacks.
     staging: Mutex<Option<wgpu::Buffer>>,
     /// How many launches go into one submission.
@@ -79,12 +79,18 @@ pub struct Gpu {
     max_memory_bytes: u64,
     unsubmitted: AtomicU64,
     lost: Arc<Mutex<Option<String>>>,
+    /// What it was opened on, unless by the application.
+    adapter: Option<wgpu::Adapter>,
 }
 
 impl Gpu {
     /// Open an adapter.
     pub fn open(options: &Options) -> Result<Self> {
-        let (device, queue, matrix) = adapter::open(options)?;
+        Self::open_on(adapter::find(options.adapter.as_deref())?, options)
+    }
+
+    fn open_on(adapter: wgpu::Adapter, options: &Options) -> Result<Self> {
+        let (device, queue, matrix) = adapter::open(&adapter, options)?;
         let lost: Arc<Mutex<Option<String>>> = Arc::default();
         let note = lost.clone();
         device.set_device_lost_callback(move |reason, text| {
@@ -94,23 +100,28 @@ impl Gpu {
         // Errors belong to the scopes around our own calls; what still comes through is logged, not a panic.
         device.on_uncaptured_error(Arc::new(|e: wgpu::Error| tracing::error!("uncaptured wgpu error: {e}")));
         let folder = options.pipeline_cache.of_ours();
-        Ok(Self::new((device, queue, matrix), lost, options, folder))
+        Ok(Self { adapter: Some(adapter), ..Self::new((device, queue, matrix), lost, options, folder) })
     }
 
-    /// Open the first adapter that is not software. The error says why there is none.
-    pub fn open_hardware() -> Result<Self, String> {
-        let adapters = list();
+    /// Open the first adapter that is not software, whatever its name. The error says why there is none.
+    pub fn open_hardware(options: &Options) -> Result<Self, String> {
+        let adapters = adapter::adapters();
         let mut why = match adapters.first() {
             None => "no Vulkan, Metal or DirectX 12 adapter was found".to_owned(),
-            Some(first) => format!("only a software adapter was found ({})", first.name),
+            Some(first) => format!("only a software adapter was found ({})", first.get_info().name),
         };
-        for facts in adapters.iter().filter(|facts| is_hardware(facts)) {
-            match Self::open(&Options { adapter: Some(facts.name.clone()), ..Options::default() }) {
+        for adapter in adapters.into_iter().filter(|a| a.get_info().device_type != wgpu::DeviceType::Cpu) {
+            match Self::open_on(adapter, options) {
                 Ok(gpu) => return Ok(gpu),
                 Err(e) => why = e.to_string(),
             }
         }
         Err(why)
+    }
+
+    /// The adapter of this one opened anew, with other options; `None` where the device is the application's.
+    pub fn reopen(&self, options: &Options) -> Option<Result<Self>> {
+        self.adapter.clone().map(|adapter| Self::open_on(adapter, options))
     }
 
     /// Work on a device that the application owns. Its callbacks and error handlers are left alone; a panic in one of
@@ -164,6 +175,7 @@ impl Gpu {
             max_memory_bytes: options.max_memory_bytes.unwrap_or(u64::MAX),
             unsubmitted: AtomicU64::new(0),
             lost,
+            adapter: None,
         }
     }
 
@@ -191,15 +203,10 @@ impl Gpu {
     /// Run `work` and turn wgpu's errors into ours. `what` and `bytes` say what was asked for.
     fn scoped<T>(&self, what: &str, bytes: u64, work: impl FnOnce() -> T) -> Result<T> {
         self.check_lost()?;
-        let validation = self.device.push_error_scope(wgpu::ErrorFilter::Validation);
-        let internal = self.device.push_error_scope(wgpu::ErrorFilter::Internal);
-        let memory = self.device.push_error_scope(wgpu::ErrorFilter::OutOfMemory);
-        let done = work();
-        let errors = [memory.pop(), internal.pop(), validation.pop()].map(pollster::block_on);
-        match errors.into_iter().flatten().next() {
-            None => Ok(done),
-            Some(wgpu::Error::OutOfMemory { .. }) => Err(out_of_memory(what, bytes)),
-            Some(e) => {
+        match noted(&self.device, work) {
+            (done, None) => Ok(done),
+            (_, Some(wgpu::Error::OutOfMemory { .. })) => Err(out_of_memory(what, bytes)),
+            (_, Some(e)) => {
                 self.probe()?;
                 Err(Error::Device(format!("{what} on {}: {}", self.facts.name, one_line(&e.to_string()))))
             }
@@ -212,10 +219,10 @@ impl Gpu {
         self.check_lost()?;
         let usage = wgpu::BufferUsages::COPY_DST;
         let descriptor = wgpu::BufferDescriptor { label: Some("probe"), size: 4, usage, mapped_at_creation: false };
-        let scope = self.device.push_error_scope(wgpu::ErrorFilter::Validation);
-        self.queue.write_buffer(&self.device.create_buffer(&descriptor), 0, &[0; 4]);
-        match pollster::block_on(scope.pop()) {
+        let write = || self.queue.write_buffer(&self.device.create_buffer(&descriptor), 0, &[0; 4]);
+        match noted(&self.device, write).1 {
             None => self.check_lost(),
+            Some(wgpu::Error::OutOfMemory { .. }) => Err(out_of_memory("probe", 4)),
             Some(_) => Err(Error::DeviceLost(format!("{} takes no more work", self.facts.name))),
         }
     }
@@ -288,6 +295,17 @@ impl Gpu {
         }
         Ok(())
     }
+}
+
+/// Do `work`, and what wgpu has against it. An error that no scope catches would go to the application's handler, which panics unless
+/// it was replaced.
+fn noted<T>(device: &wgpu::Device, work: impl FnOnce() -> T) -> (T, Option<wgpu::Error>) {
+    let validation = device.push_error_scope(wgpu::ErrorFilter::Validation);
+    let internal = device.push_error_scope(wgpu::ErrorFilter::Internal);
+    let memory = device.push_error_scope(wgpu::ErrorFilter::OutOfMemory);
+    let done = work();
+    let errors = [memory.pop(), internal.pop(), validation.pop()].map(pollster::block_on);
+    (done, errors.into_iter().flatten().next())
 }
 
 fn out_of_memory(what: &str, bytes: u64) -> Error {
@@ -386,7 +404,7 @@ impl Device for Gpu {
 
     fn prepare(&self, program: &Program) -> Result<()> {
         self.probe()?;
-        self.pipelines.prepare(&self.device, &program.launches)
+        self.pipelines.prepare(&self.device, &program.launches).or_else(|e| self.probe().and(Err(e)))
     }
 
     fn run(&self, program: &Program) -> Result<()> {

@@ -1,6 +1,7 @@
 //! From a kernel, its fillings and constants to a compute pipeline; each made once.
 
 use super::cache::Cache;
+use super::noted;
 use crate::error::{Error, Result};
 use crate::program::Launch;
 use crate::shader::{self, Binding};
@@ -147,27 +148,30 @@ fn compile(device: &wgpu::Device, launch: &Launch, options: Compile, cache: Opti
         }
     }
     let bindings = shader::bindings(&parsed);
-    let scope = device.push_error_scope(wgpu::ErrorFilter::Validation);
-    let internal = device.push_error_scope(wgpu::ErrorFilter::Internal);
-    let module = module(device, &name, parsed, options.checked);
-    let pipeline = device.create_compute_pipeline(&wgpu::ComputePipelineDescriptor {
-        label: Some(&name),
-        layout: None,
-        module: &module,
-        entry_point: Some("main"),
-        compilation_options: wgpu::PipelineCompilationOptions {
-            constants: &constants,
-            // Every kernel writes its workgroup memory before it reads it.
-            zero_initialize_workgroup_memory: false,
-        },
-        cache: cache.map(Cache::wgpu),
-    });
-    let errors = [pollster::block_on(internal.pop()), pollster::block_on(scope.pop())];
-    if let Some(e) = errors.into_iter().flatten().next() {
-        return Err(Error::Device(format!("kernel {name} does not compile on this adapter: {e}")));
+    let make = || {
+        let pipeline = device.create_compute_pipeline(&wgpu::ComputePipelineDescriptor {
+            label: Some(&name),
+            layout: None,
+            module: &module(device, &name, parsed, options.checked),
+            entry_point: Some("main"),
+            compilation_options: wgpu::PipelineCompilationOptions {
+                constants: &constants,
+                // Every kernel writes its workgroup memory before it reads it.
+                zero_initialize_workgroup_memory: false,
+            },
+            cache: cache.map(Cache::wgpu),
+        });
+        // Here, since only this says that a device is lost.
+        let layout = pipeline.get_bind_group_layout(0);
+        Pipeline { pipeline, layout, bindings }
+    };
+    match noted(device, make) {
+        (pipeline, None) => Ok(pipeline),
+        (_, Some(wgpu::Error::OutOfMemory { .. })) => Err(Error::Device(format!(
+            "the device has no memory left to compile kernel {name}: choose a smaller context, chunk or model"
+        ))),
+        (_, Some(e)) => Err(Error::Device(format!("kernel {name} does not compile on this adapter: {e}"))),
     }
-    let layout = pipeline.get_bind_group_layout(0);
-    Ok(Pipeline { pipeline, layout, bindings })
 }
 
 #[allow(unsafe_code, reason = "unchecked shaders are several times faster in the K loops")]

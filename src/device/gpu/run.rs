@@ -93,16 +93,19 @@ impl Gpu {
     }
 
     pub(super) fn run_program(&self, program: &Program) -> Result<()> {
-        let Some(number) = program.sealed() else { return self.run_launches(&program.launches, program.tokens) };
+        let Some(seal) = program.sealed() else { return self.run_launches(&program.launches, program.tokens) };
         if program.launches.iter().any(|l| l.place == Place::Host) {
             return self.run_launches(&program.launches, program.tokens);
         }
-        let kept = self.sealed.lock().unwrap_or_else(PoisonError::into_inner).get(&number).cloned();
+        let sealed = || self.sealed.lock().unwrap_or_else(PoisonError::into_inner);
+        let kept = sealed().get(&seal.0).map(|(_, ready)| ready.clone());
         let ready = match kept {
             Some(ready) => ready,
             None => {
                 let ready = Arc::new(self.ready(&program.launches)?);
-                self.sealed.lock().unwrap_or_else(PoisonError::into_inner).insert(number, ready.clone());
+                let mut sealed = sealed();
+                sealed.retain(|_, (seal, _)| seal.strong_count() > 0);
+                sealed.insert(seal.0, (Arc::downgrade(seal), ready.clone()));
                 ready
             }
         };
@@ -191,7 +194,7 @@ impl Gpu {
 
     /// The pipeline and bind group of a launch. Bind groups are kept as long as their buffers live.
     fn bind(&self, launch: &Launch) -> Result<Ready> {
-        let pipeline = self.pipelines.get(&self.device, launch)?;
+        let pipeline = self.pipelines.get(&self.device, launch).or_else(|e| self.probe().and(Err(e)))?;
         let slices = launch.args.iter().map(|a| a.slice).collect();
         let key = BindKey { pipeline: Arc::as_ptr(&pipeline) as usize, slices };
         let mut groups = self.bind_groups.lock().unwrap_or_else(PoisonError::into_inner);

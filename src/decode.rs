@@ -3,11 +3,11 @@
 
 use crate::device::{Device, Later};
 use crate::engine::{Session, write_rows};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::ops::{Drawn, Draws, Row};
 use crate::parallel::{in_parallel, threads};
 use crate::program::{Program, Slice};
-use crate::sampler::{Choice, Rule, Sampling, sample};
+use crate::sampler::{Choice, Rule, Sampling, at_fault, sample};
 use crate::tokenizer::TokenId;
 use std::borrow::Cow;
 use std::collections::{HashMap, VecDeque};
@@ -256,12 +256,11 @@ pub(crate) fn floats(bytes: &[u8]) -> Cow<'_, [f32]> {
 
 /// The token of a row, or why there is none.
 pub(crate) fn choice(drawn: &Drawn) -> Result<Choice> {
-    let refuse = |what: &str| Err(Error::Device(format!("the logits {what}: a kernel or the checkpoint is at fault")));
     if drawn.bad != 0 {
-        return refuse("contain NaN or infinity");
+        return Err(at_fault("contain NaN or infinity"));
     }
     if drawn.sum.is_nan() || drawn.sum <= 0.0 {
-        return refuse("leave no token to choose");
+        return Err(at_fault("leave no token to choose"));
     }
     Ok(Choice { id: drawn.id, logprob: drawn.logit - drawn.sum.ln(), top: Vec::new() })
 }

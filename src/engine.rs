@@ -151,10 +151,12 @@ impl EngineBuilder {
         let limit = config.max_position_embeddings;
         let context = self.context.unwrap_or(DEFAULT_CONTEXT.min(limit));
         let chunk = self.chunk.unwrap_or(DEFAULT_CHUNK);
-        let clamp = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
+        let fits = |option, n: usize| {
+            u32::try_from(n).map_err(|_| Error::option(option, format!("{n} is out of range: at most {limit} here")))
+        };
         let mut plan = Plan {
-            context: clamp(context),
-            chunk: clamp(chunk),
+            context: fits("context", context)?,
+            chunk: fits("chunk", chunk)?,
             paged: None,
             cache: self.cache,
             host: self.host,
@@ -354,6 +356,11 @@ impl Engine {
             Some(id) => Err(Error::option("tokens", format!("{id} is not a token: the model has {vocab}"))),
             None => Ok(()),
         }
+    }
+
+    /// A session holds so many tokens.
+    pub fn check_context(&self, tokens: usize) -> Result<()> {
+        self.check_room(self.context(), tokens)
     }
 
     /// A context of so many positions holds so many tokens.

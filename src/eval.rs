@@ -204,6 +204,9 @@ fn windows(engine: &Engine, tokens: &[TokenId], options: &Options) -> Result<Vec
     let context = engine.context();
     let window = options.window.unwrap_or(DEFAULT_WINDOW.min(context));
     let lead = options.lead.iter().len();
+    if context < 2 {
+        return Err(Error::option("context", "is too short to score anything in: give at least 2"));
+    }
     if window < 2 || window > context {
         return Err(Error::option("window", format!("{window} is not from 2 to {context}, the context")));
     }

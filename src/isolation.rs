@@ -102,6 +102,7 @@ pub fn isolation(
     if prompt.is_empty() {
         return Err(Error::option("tokens", "there is nothing to run: give at least one"));
     }
+    alone.check_context(prompt.len().saturating_add(drawn))?;
     let mut settings = vec![observe("alone", &alone, None, &prompt, drawn)?];
     drop(alone);
     for (name, who) in [("beside its twin", Who::Subject), ("beside the other", Who::Other)] {

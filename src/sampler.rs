@@ -156,7 +156,13 @@ fn refusal(logits: &[f32]) -> Error {
         }
         None => format!("leave no token to choose ({} tokens)", logits.len()),
     };
-    Error::Device(format!("the logits {what}: a kernel or the checkpoint is at fault"))
+    at_fault(&what)
+}
+
+/// Logits that are no numbers, and what finds out why.
+pub(crate) fn at_fault(what: &str) -> Error {
+    let look = "`fourfold inspect` reads through the one, `fourfold oracle` asks the other";
+    Error::Device(format!("the logits {what}: the checkpoint or a kernel is at fault; {look}"))
 }
 
 /// Once for each distinct id, however often it occurs. In f32, as transformers does; clamped where that overflows.

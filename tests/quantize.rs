@@ -5,11 +5,12 @@ mod models;
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 
 use fourfold::checkpoint::{Checkpoint, Dtype, Mapping};
 use fourfold::format::{Format, mxfp4, nvfp4};
-use fourfold::quantize::{Calibration, Options, Report, ScaleSearch, calibrate, check, quantize};
+use fourfold::quantize::{Calibration, Options, Progress, Report, ScaleSearch, calibrate, check, quantize};
 use fourfold::{DeviceChoice, Engine, Want};
 use safetensors::Dtype as Raw;
 use safetensors::tensor::TensorView;
@@ -97,13 +98,18 @@ fn open(dir: &Path) -> Checkpoint {
 
 fn make(source: &Path, destination: &Path, options: &Options) -> Report {
     let mut last = (0, 0);
-    let report = quantize(&open(source), destination, options, &mut |p| last = (p.done, p.total)).unwrap();
+    let mut see = |p: &Progress| {
+        last = (p.done, p.total);
+        ControlFlow::Continue(())
+    };
+    let report = quantize(&open(source), destination, options, &mut see).unwrap().expect("nobody stopped it");
     assert_eq!(last, (report.before_bytes, report.before_bytes), "the bar arrives");
     report
 }
 
 fn says(source: &Path, destination: &Path, options: &Options, words: &[&str]) {
-    let error = quantize(&open(source), destination, options, &mut |_| ()).unwrap_err().to_string();
+    let error =
+        quantize(&open(source), destination, options, &mut |_| ControlFlow::Continue(())).unwrap_err().to_string();
     for word in words {
         assert!(error.contains(word), "{error:?} does not say {word:?}");
     }

@@ -2,8 +2,8 @@
 // 32 lanes, numbered as in the workgroup.
 //
 // A weight is exact as a half, or as exact as its format (scale and code together; bf16 below 2^-14 loses bits, above 65504
-// it becomes infinity). An input is two halves: the first bits of it times 1/16, and the rest times 2^11, added up apart: 21
-// bits of a number below 2^20. So the products are those of f32 but for the last bits; the units add them in their own order,
+// it becomes infinity). An input is two halves: the nearest half to a sixteenth of it, and the rest times 2^11, added up apart: 21
+// bits of a number below 2^19, to 2^-31. So the products are those of f32 but for the last bits; the units add them in their own order,
 // sixteen at a time, the same for every row and column of every block.
 //
 // A kernel gives: `weight_row(r)`, the row of weights in place r of the tile; `source(j)`, the row of input in place j; and
@@ -31,8 +31,12 @@ fn quad_at(row: u32, i: u32) -> vec4<f32> {
 }
 
 fn put_quad(at: u32, v: vec4<f32>) {
-    // Cut off, not converted there and back: drivers take that for nothing.
-    let hi = bitcast<vec4<f32>>(bitcast<vec4<u32>>(v) & vec4<u32>(0xffffe000u));
+    // A half there and back is nothing to some drivers, which need not keep to f16; so its bits pass by a number that is 0, but which
+    // no compiler knows.
+    let unknown = min(arrayLength(&x), 1u) - 1u;
+    let low = unpack2x16float(pack2x16float(v.xy) ^ unknown);
+    let high = unpack2x16float(pack2x16float(v.zw) ^ unknown);
+    let hi = vec4<f32>(low, high);
     tile_hi[at] = vec4<f16>(hi);
     tile_lo[at] = vec4<f16>((v - hi) * LEFT);
 }

@@ -6,7 +6,7 @@ use super::engine::EngineArgs;
 use super::run::Chances;
 use super::terminal::{self, Paint};
 use super::trace::note_fallback;
-use super::{Ending, Usage};
+use super::{Ending, MOST, Usage};
 use fourfold::bench::{self, Timed, median};
 use fourfold::device::Device;
 use serde_json::{Value, json};
@@ -27,7 +27,7 @@ Examples:
   fourfold bench --kernel moe --tokens 1,8,64          the experts of one layer alone
   fourfold bench --chart bench.svg                     a picture of it
 
-The floor of a token is what it must read (weights, of experts those that it goes to, keys and values) at the speed at
+The floor of a token is what it must read (weights, of experts those that it goes to, keys and values) at the speed at \
 which a kernel that does nothing else reads memory, measured in the same run.";
 
 #[derive(clap::Args)]
@@ -147,9 +147,19 @@ pub(super) fn bench(args: &Args) -> anyhow::Result<Ending> {
     }
     args.chances.alone().validate()?;
     let device = args.engine.device()?;
-    let deepest = args.depth.iter().max().map_or(0, |depth| depth + WARM + args.tokens[0] + 3);
-    let longest = args.prefill.iter().copied().max().unwrap_or(0);
-    let room = if args.kernel.is_some() { 0 } else { deepest.max(longest) };
+    let most = |all: &[usize]| all.iter().copied().max().unwrap_or(0);
+    let deepest = most(&args.depth).saturating_add(args.tokens[0]).saturating_add(WARM + 3);
+    for (flags, count) in [
+        ("--prefill", most(&args.prefill)),
+        ("--depth and --tokens", deepest),
+        ("--tokens", most(&args.tokens)),
+        ("--batch", most(&args.batch)),
+    ] {
+        if count > MOST {
+            return Err(Usage(format!("{flags}: {count} is more than any model or device holds")).into());
+        }
+    }
+    let room = if args.kernel.is_some() { 0 } else { deepest.max(most(&args.prefill)) };
     let engine = args.engine.with_room(room).load(device, args.quiet)?;
     if !args.quiet {
         note_fallback(&engine);

@@ -19,7 +19,7 @@ Examples:
   fourfold bisect --adapter NVIDIA --against gpu:llvmpipe --prompt \"Hi\"   one adapter against another
   fourfold bisect --host attention --prompt \"Hi\" --against gpu       a stage on the host against all on the GPU
 
-`local` is the error of a stage on the reference's own inputs: a stage that is wrong by itself. `cumulative` is the
+`local` is the error of a stage on the reference's own inputs: a stage that is wrong by itself. `cumulative` is the \
 error of everything up to it. Against a trace, stages that the trace lacks count to the next one that it has.
 
 Exit codes:
@@ -156,7 +156,7 @@ Examples:
   fourfold probe --prompt \"Once upon a time\"
   fourfold probe --model DIR --device gpu --tokens 1,2,3,4,5,6,7,8
 
-Runs the same tokens again, alone, in other pieces, beside other sessions and over scratch full of NaN, and hashes every
+Runs the same tokens again, alone, in other pieces, beside other sessions and over scratch full of NaN, and hashes every \
 row of every stage: all runs must give the same bits.
 
 Exit codes:

@@ -72,6 +72,11 @@ pub(super) fn chat(mut run: Run<'_>) -> anyhow::Result<Ending> {
                 terminal::note("Ctrl-C again, or Ctrl-D, leaves");
                 continue;
             }
+            // The conversation is worth more than a line.
+            Err(ReadlineError::Io(e)) if e.kind() == io::ErrorKind::InvalidData => {
+                terminal::note("that line is not UTF-8, so it was not read: check the terminal's encoding");
+                continue;
+            }
             Err(e) => return Err(e.into()),
         };
         leaving = false;

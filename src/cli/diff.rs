@@ -7,11 +7,11 @@ use fourfold::config::Config;
 use fourfold::trace::compare::{
     self, Column, Comparison, Options, Outcome, Side, StageReport, Tolerances, value, weights,
 };
-use fourfold::trace::file::TraceFile;
+use fourfold::trace::file::{TraceFile, split_layer};
 use fourfold::trace::report;
 use std::collections::BTreeSet;
 use std::io::{self, Write};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -146,7 +146,13 @@ fn print(comparison: &Comparison, args: &Args) -> io::Result<()> {
     out.flush()
 }
 
-fn compared(args: &Args) -> fourfold::Result<Comparison> {
+fn compared(args: &Args) -> anyhow::Result<Comparison> {
+    let same = |a: &Path, b: &Path| a.canonicalize().is_ok_and(|a| b.canonicalize().is_ok_and(|b| a == b));
+    if let Some(page) = &args.html
+        && let Some(trace) = [&args.a, &args.b].into_iter().find(|trace| same(trace, page))
+    {
+        anyhow::bail!("--html: {} is one of the traces, which the page would replace", trace.display());
+    }
     let a = TraceFile::open_part(&args.a, &args.prefix_a)?;
     let b = TraceFile::open_part(&args.b, &args.prefix_b)?;
     let checkpoints = match args.checkpoints.as_deref() {
@@ -159,6 +165,15 @@ fn compared(args: &Args) -> fourfold::Result<Comparison> {
             None => tolerances.default = Some(*number),
             Some(stage) => tolerances.stages.push((stage.clone(), *number)),
         }
+    }
+    let in_both = |pattern: &str| a.stages().iter().chain(b.stages()).any(|stage| compare::matches(pattern, stage));
+    if let Some((unknown, _)) = tolerances.stages.iter().find(|(pattern, _)| !in_both(pattern)) {
+        anyhow::bail!("--tolerance: no stage of the traces is called {unknown}");
+    }
+    let layer_of = |stage: &String| split_layer(stage).map(|(layer, _)| layer);
+    let in_traces = |layers: &LayersArg| a.stages().iter().filter_map(layer_of).any(|layer| layers.0.contains(&layer));
+    if args.layers.as_ref().is_some_and(|layers| !in_traces(layers)) {
+        anyhow::bail!("--layers: the traces have none of these");
     }
     let layers = args.layers.as_ref().map(|layers| layers.0.clone());
     let mut comparison = compare::compare(&a, &b, &Options { tolerances, stages: args.stage.clone(), layers })?;

@@ -4,7 +4,6 @@ use super::Usage;
 use super::engine::EngineArgs;
 use fourfold::speculate::{DraftModel, Drafts, PromptLookup};
 use fourfold::{Engine, Speculation};
-use std::convert::Infallible;
 use std::path::PathBuf;
 
 /// Who drafts. Nobody unless asked for: whether it pays depends on model, device and text, and a draft takes memory.
@@ -28,8 +27,9 @@ enum Who {
 }
 
 impl Who {
-    fn read(text: &str) -> Result<Self, Infallible> {
+    fn read(text: &str) -> Result<Self, &'static str> {
         Ok(match text {
+            "" => return Err("it names no directory"),
             "off" => Self::Off,
             "auto" => Self::Auto,
             "ngram" => Self::Ngram,

@@ -11,6 +11,19 @@ use std::time::Duration;
 /// An answer that stops sooner needs no word about it.
 const SOON: Duration = Duration::from_millis(300);
 
+/// Whether Ctrl-C was pressed, for who writes files: the first takes back what was written; the second ends at once, and leaves
+/// what no command takes for whole.
+pub(super) fn asked() -> anyhow::Result<Arc<AtomicBool>> {
+    let stop = Arc::new(AtomicBool::new(false));
+    let asked = stop.clone();
+    ctrlc::set_handler(move || {
+        if asked.swap(true, Ordering::Relaxed) {
+            std::process::exit(super::INTERRUPTED.into());
+        }
+    })?;
+    Ok(stop)
+}
+
 /// What Ctrl-C means at the moment.
 #[derive(Default)]
 pub(super) struct Interrupt {

@@ -20,7 +20,7 @@ mod terminal;
 mod trace;
 mod verify;
 
-use clap::{CommandFactory, Parser, Subcommand};
+use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 use std::io::{self, Write};
 use std::process::ExitCode;
 use std::time::Instant;
@@ -101,7 +101,7 @@ enum Command {
     Isolation(Box<isolation::Args>),
     /// Write a shell's completions to stdout
     #[command(
-        after_help = "Example:\n  fourfold completions bash > ~/.local/share/bash-completion/completions/fourfold"
+        after_help = "Example:\n  mkdir -p ~/.local/share/bash-completion/completions\n  fourfold completions bash > ~/.local/share/bash-completion/completions/fourfold"
     )]
     Completions {
         /// bash, elvish, fish, powershell or zsh
@@ -123,16 +123,19 @@ enum Ending {
 #[error("{0}")]
 struct Usage(String);
 
+/// Positions or rows: more than any model takes, and few enough to reckon with.
+const MOST: usize = 1 << 30;
+
 /// Exit code of a run that Ctrl-C stopped: 128 and the number of SIGINT.
 const INTERRUPTED: u8 = 130;
 
 /// Parse, run, and say how it went.
 pub(crate) fn main() -> ExitCode {
     let started = Instant::now();
-    let cli = Cli::parse();
+    let cli = parse(std::env::args_os());
     log(cli.verbose);
     // No command is the command `run`, its defaults and variables included.
-    let command = cli.command.or_else(|| Cli::parse_from(["fourfold", "run"]).command);
+    let command = cli.command.or_else(|| parse(["fourfold", "run"]).command);
     let done = match command.expect("the parser was given one") {
         Command::Run(args) => run::run(&args, started),
         Command::Inspect(args) => inspect::inspect(&args),
@@ -162,9 +165,17 @@ pub(crate) fn main() -> ExitCode {
     }
 }
 
+/// As the flags say; `-1` is a number, for the flag before it to refuse.
+fn parse(args: impl IntoIterator<Item = impl Into<std::ffi::OsString> + Clone>) -> Cli {
+    let mut command = Cli::command().mut_subcommands(|command| command.allow_negative_numbers(true));
+    let parsed = command.try_get_matches_from_mut(args).and_then(|found| Cli::from_arg_matches(&found));
+    parsed.unwrap_or_else(|e| e.format(&mut command).exit())
+}
+
 /// The reader of our output has left: it has all that it wants.
 fn is_broken_pipe(e: &anyhow::Error) -> bool {
-    e.downcast_ref::<io::Error>().is_some_and(|e| e.kind() == io::ErrorKind::BrokenPipe)
+    let json = || e.downcast_ref::<serde_json::Error>().and_then(serde_json::Error::io_error_kind);
+    e.downcast_ref::<io::Error>().map(io::Error::kind).or_else(json) == Some(io::ErrorKind::BrokenPipe)
 }
 
 fn code(e: &anyhow::Error) -> u8 {

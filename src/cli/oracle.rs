@@ -14,7 +14,7 @@ Examples:
   fourfold oracle --adapter NVIDIA       another GPU
   fourfold oracle --device cpu --json    for a script
 
-Each check computes something whose answer follows from exact arithmetic: a failed one names what the device does
+Each check computes something whose answer follows from exact arithmetic: a failed one names what the device does \
 wrong, with no other engine or model in between.
 
 Exit codes:

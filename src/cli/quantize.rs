@@ -10,8 +10,11 @@ use fourfold::quantize::{self, Calibration, Changed, Options, Progress, Report, 
 use fourfold::{DeviceChoice, Engine, Error};
 use indicatif::{ProgressBar, ProgressStyle};
 use std::collections::BTreeMap;
-use std::io::{self, Write};
+use std::fs::File;
+use std::io::{self, Read, Write};
+use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
+use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 const EXAMPLES: &str = "\
@@ -115,14 +118,16 @@ pub(super) fn quantize(args: &Args, verbose: bool) -> anyhow::Result<Ending> {
     if let Some(file) = &args.calibrate {
         options.calibration = Some(calibration(args, file, device, mapping)?);
     }
+    let stop = super::interrupt::asked()?;
     let bar = bar(args.quiet, "quantizing {wide_bar} {binary_bytes} of {binary_total_bytes}");
     let mut see = |p: &Progress| {
         bar.set_length(p.total);
         bar.set_position(p.done);
+        if stop.load(Ordering::Relaxed) { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
     };
     let report = quantize::quantize(&source, &args.destination, &options, &mut see);
     bar.finish_and_clear();
-    let report = report?;
+    let Some(report) = report? else { return Ok(Ending::Interrupted) };
     if !args.quiet {
         let mut out = io::stdout().lock();
         let paint = Paint(terminal::styled(&io::stdout()));
@@ -181,9 +186,21 @@ fn calibration(args: &Args, file: &Path, device: DeviceChoice, mapping: Mapping)
     Ok(calibration?)
 }
 
+/// Longest text that is read: its tokens take a hundred times as much memory while they are found.
+const MAX_TEXT: u64 = 16 << 20;
+
 /// A text file, which has to be UTF-8.
 pub(super) fn read_text(file: &Path) -> anyhow::Result<String> {
-    let bytes = std::fs::read(file).map_err(|source| Error::Io { path: file.to_owned(), source })?;
+    let mut bytes = Vec::new();
+    let read = File::open(file).and_then(|open| open.take(MAX_TEXT + 1).read_to_end(&mut bytes));
+    read.map_err(|source| Error::Io { path: file.to_owned(), source })?;
+    if bytes.len() as u64 > MAX_TEXT {
+        let reason = format!("is longer than {} MiB: cut it (head -c {MAX_TEXT})", MAX_TEXT >> 20);
+        return Err(Error::File { file: file.display().to_string(), reason }.into());
+    }
+    if bytes.is_empty() {
+        return Err(Error::File { file: file.display().to_string(), reason: "is empty".into() }.into());
+    }
     let not_text = |e: std::string::FromUtf8Error| Error::File {
         file: file.display().to_string(),
         reason: format!("is no UTF-8 text: byte {} cannot be read", e.utf8_error().valid_up_to()),

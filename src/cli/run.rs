@@ -53,7 +53,7 @@ pub(super) struct Args {
     #[arg(long, value_name = "EFFORT")]
     reasoning: Option<Effort>,
     /// The day that prompts call today, for models that are told [default: today, UTC]
-    #[arg(long, value_name = "YYYY-MM-DD")]
+    #[arg(long, value_name = "YYYY-MM-DD", value_parser = date)]
     date: Option<String>,
     /// In a pipe, write all channels, each under its name
     #[arg(long)]
@@ -146,6 +146,11 @@ enum Task {
     Chat,
     Answer(String),
     Continue(String),
+}
+
+fn date(text: &str) -> Result<String, &'static str> {
+    let is_date = fourfold::tokenizer::chat::is_date(text);
+    if is_date { Ok(text.to_owned()) } else { Err("no day of the calendar as YYYY-MM-DD") }
 }
 
 pub(super) fn run(args: &Args, started: Instant) -> anyhow::Result<Ending> {

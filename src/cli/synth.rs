@@ -9,8 +9,7 @@ use fourfold::synth::{Progress, Recipe, SHAPES};
 use std::io::{self, Write};
 use std::ops::ControlFlow;
 use std::path::PathBuf;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::Ordering;
 use std::time::Instant;
 
 const EXAMPLES: &str = "\
@@ -62,14 +61,7 @@ pub(super) fn synth(args: &Args) -> anyhow::Result<Ending> {
     });
     let recipe = Recipe { shape: args.shape.clone(), layers: args.layers, format, seed: args.seed };
     recipe.check(&args.destination)?;
-    let stop = Arc::new(AtomicBool::new(false));
-    let asked = stop.clone();
-    // The first Ctrl-C takes back what was written; the second ends at once, and leaves what no command takes for whole.
-    ctrlc::set_handler(move || {
-        if asked.swap(true, Ordering::Relaxed) {
-            std::process::exit(super::INTERRUPTED.into());
-        }
-    })?;
+    let stop = super::interrupt::asked()?;
     let bar = bar(args.quiet, "writing {wide_bar} {binary_bytes} of {binary_total_bytes}, {binary_bytes_per_sec}");
     let mut see = |p: Progress| {
         bar.set_length(p.total_bytes);

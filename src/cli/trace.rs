@@ -67,6 +67,8 @@ pub(super) fn trace(args: &Args, verbose: bool) -> anyhow::Result<Ending> {
     if !args.force && args.output.exists() {
         return Err(Usage(format!("{} is there already: --force replaces it", args.output.display())).into());
     }
+    let if_there = if args.force { IfThere::Replace } else { IfThere::Fail };
+    TraceWriter::check(&args.output, if_there).map_err(|e| Usage(e.to_string()))?;
     let keep = Keep {
         stats: args.stats,
         stages: args.stages.clone(),
@@ -82,6 +84,7 @@ pub(super) fn trace(args: &Args, verbose: bool) -> anyhow::Result<Ending> {
     if tokens.is_empty() {
         return Err(Usage("there is nothing to run: the prompt has no tokens".into()).into());
     }
+    engine.check_context(tokens.len().saturating_add(args.generate))?;
     let mut writer = TraceWriter::new(facts(args, &engine)?);
     let mut session = engine.session()?;
     let started = Instant::now();
@@ -99,7 +102,6 @@ pub(super) fn trace(args: &Args, verbose: bool) -> anyhow::Result<Ending> {
         );
     }
     writer.set("tokens", serde_json::to_string(&all)?);
-    let if_there = if args.force { IfThere::Replace } else { IfThere::Fail };
     writer.write(&args.output, if_there)?;
     let size = std::fs::metadata(&args.output).map_or(0, |m| m.len());
     terminal::note(&format!(

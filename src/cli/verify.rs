@@ -2,7 +2,7 @@
 
 use super::engine::EngineArgs;
 use super::trace::note_fallback;
-use super::{Ending, Usage, terminal};
+use super::{Ending, MOST, Usage, terminal};
 use fourfold::Engine;
 use fourfold::verify::{Line, Options, Part, verify as verify_engine};
 use serde_json::json;
@@ -71,13 +71,19 @@ pub(super) fn verify(args: &Args) -> anyhow::Result<Ending> {
     if [args.cases, args.prompt_tokens, args.max_tokens].contains(&0) {
         return Err(Usage("--cases, --prompt-tokens and --max-tokens are 1 at least".into()).into());
     }
+    let positions = args.prompt_tokens.saturating_add(args.max_tokens);
+    if positions > MOST {
+        return Err(
+            Usage(format!("--prompt-tokens and --max-tokens: {positions} is more than any context holds")).into()
+        );
+    }
     let parts = match args.only.is_empty() {
         true => Part::ALL.to_vec(),
         false => args.only.iter().map(|part| part.part()).collect(),
     };
     let options = Options { parts, cases: args.cases, prompt: args.prompt_tokens, drawn: args.max_tokens };
     // A scheduler's cache has room for the whole context of each session: no more of it than the conversations need.
-    let wanted = args.engine.with_context(args.prompt_tokens + args.max_tokens);
+    let wanted = args.engine.with_context(positions);
     let engine = wanted.load(args.engine.device()?, false)?;
     note_fallback(&engine);
     let mut out = io::stdout().lock();

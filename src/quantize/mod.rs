@@ -25,6 +25,7 @@ mod plan;
 mod source;
 
 use std::collections::HashMap;
+use std::ops::ControlFlow;
 use std::path::Path;
 
 pub use self::calibrate::{Calibration, calibrate};
@@ -165,7 +166,8 @@ pub fn check(source: &Checkpoint, destination: &Path, options: &Options) -> Resu
     Directory::check(destination).map(|_| ())
 }
 
-/// Quantises `source` into the new directory `destination`, which may not be there or has to be empty.
+/// Quantises `source` into the new directory `destination`, which may not be there or has to be empty. `None` if `progress` broke
+/// it off: then nothing stays.
 ///
 /// # Errors
 /// The tensor, and where it applies the element, that cannot be quantised; the file that cannot be written. All that was
@@ -174,8 +176,8 @@ pub fn quantize(
     source: &Checkpoint,
     destination: &Path,
     options: &Options,
-    progress: &mut dyn FnMut(&Progress),
-) -> Result<Report> {
+    progress: &mut dyn FnMut(&Progress) -> ControlFlow<()>,
+) -> Result<Option<Report>> {
     let plan = Plan::new(source, options)?;
     let mut directory = Directory::create(destination)?;
     let mut report = Report { before_bytes: source.total_bytes(), ..Report::default() };
@@ -189,7 +191,10 @@ pub fn quantize(
         for (idx, outputs) in &works {
             let name = making.make(&plan.works[*idx], &mut shard, first)?;
             first += outputs.len();
-            progress(&Progress { what: name, done: making.done, total: making.report.before_bytes });
+            let now = Progress { what: name, done: making.done, total: making.report.before_bytes };
+            if progress(&now).is_break() {
+                return Ok(None);
+            }
         }
         directory.close(shard)?;
         shards.push((file, tensors));
@@ -208,7 +213,7 @@ pub fn quantize(
         directory.file("hf_quant_config.json", &about)?;
     }
     directory.finish(&config::config(&plan, options))?;
-    Ok(report)
+    Ok(Some(report))
 }
 
 /// The work under way.

@@ -163,6 +163,9 @@ impl ChatTemplate {
                 None => ids.extend(tokenizer.encode(&piece.text.replace(mark, ""))?),
             }
         }
+        if ids.is_empty() {
+            return Err(self.failed("it makes nothing of these messages".into()));
+        }
         Ok(ids)
     }
 
@@ -445,17 +448,26 @@ fn days_of(year: i64, month: i64, day: i64) -> i64 {
     era * 146_097 + yoe * 365 + yoe / 4 - yoe / 100 + doy - 719_468
 }
 
+/// Whether it is a day of the calendar, as `YYYY-MM-DD`.
+pub fn is_date(text: &str) -> bool {
+    day_of(text).is_some()
+}
+
+/// The day of a date.
+fn day_of(date: &str) -> Option<i64> {
+    let parts: Option<Vec<i64>> = date.split('-').map(|p| p.parse::<u16>().ok().map(i64::from)).collect();
+    let &[y, m, d] = parts.as_deref()? else { return None };
+    Some(days_of(y, m, d)).filter(|days| civil(*days) == (y, m, d))
+}
+
 /// The parts of `strftime` that templates use. A date given by the options is at midnight.
 fn strftime(format: &str, date: Option<&str>) -> Result<String, JinjaError> {
     let invalid = |what: String| JinjaError::new(ErrorKind::InvalidOperation, format!("strftime_now: {what}"));
     let (days, seconds) = match date {
         None => (days_now(), since_epoch().as_secs() % 86_400),
         Some(date) => {
-            let parts: Option<Vec<i64>> = date.split('-').map(|p| p.parse::<u16>().ok().map(i64::from)).collect();
-            match parts.as_deref() {
-                Some(&[y, m, d]) if civil(days_of(y, m, d)) == (y, m, d) => (days_of(y, m, d), 0),
-                _ => return Err(invalid(format!("the date {date:?} is not YYYY-MM-DD"))),
-            }
+            let unread = || invalid(format!("the date {date:?} is not YYYY-MM-DD"));
+            (day_of(date).ok_or_else(unread)?, 0)
         }
     };
     let (year, month, day) = civil(days);

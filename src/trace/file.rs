@@ -407,11 +407,12 @@ fn is_beside(name: &str) -> bool {
 fn open(path: &Path) -> Result<(File, u64, Metadata)> {
     let io = |source| Error::Io { path: path.to_owned(), source };
     let fault = |reason: String| Error::file(path.display().to_string(), reason);
-    let mut file = File::open(path).map_err(io)?;
-    let facts = file.metadata().map_err(io)?;
+    // Before it is opened: a pipe that nobody writes to would never be.
+    let facts = path.metadata().map_err(io)?;
     if !facts.is_file() {
         return Err(fault("is no file: give a trace, a *.safetensors file".into()));
     }
+    let mut file = File::open(path).map_err(io)?;
     if facts.len() == 0 {
         return Err(fault("is empty: the run that should have written it did not finish".into()));
     }
@@ -562,13 +563,35 @@ impl TraceWriter {
         pending.bytes.extend(bytes);
     }
 
+    /// Whether a trace can be written there, before a long run: gives the file's path, links followed.
+    pub fn check(path: &Path, if_there: IfThere) -> Result<PathBuf> {
+        let fault = |reason: String| Err(Error::file(path.display().to_string(), reason));
+        if path.file_name().is_none() {
+            return fault("is no name of a file".into());
+        }
+        match path.metadata() {
+            Ok(_) if if_there == IfThere::Fail => {
+                return fault("is there already: give another name, or say that it may be replaced".into());
+            }
+            Ok(about) if !about.is_file() => return fault("is no regular file: give the name of one".into()),
+            Ok(_) => {}
+            Err(_) if path.is_symlink() => return fault("is a link to nothing: give the name of a file".into()),
+            Err(_) => {
+                let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
+                if !folder.is_none_or(Path::is_dir) {
+                    return fault("cannot be written: its folder is not there".into());
+                }
+                return Ok(path.to_owned());
+            }
+        }
+        path.canonicalize().map_err(|source| Error::Io { path: path.to_owned(), source })
+    }
+
     /// Writes the file: whole, or not at all.
     pub fn write(&self, path: &Path, if_there: IfThere) -> Result<()> {
+        let path = &Self::check(path, if_there)?;
         let fault = |reason: String| Error::file(path.display().to_string(), reason);
-        let Some(name) = path.file_name() else { return Err(fault("is no name of a file".into())) };
-        if if_there == IfThere::Fail && path.exists() {
-            return Err(fault("is there already: give another name, or say that it may be replaced".into()));
-        }
+        let name = path.file_name().unwrap_or_default();
         let mut metadata = self.metadata.clone();
         let is_full = self.tensors.keys().any(|name| !is_beside(name));
         let kind = if is_full { "full" } else { "stats" };
@@ -583,12 +606,17 @@ impl TraceWriter {
         partial.push(format!(".{}.partial", std::process::id()));
         let partial = path.with_file_name(partial);
         let io = |source| Error::Io { path: path.to_owned(), source };
+        // Who may read it: whoever could read the old file, or may read a new one. What comes next would let nobody else.
+        let about =
+            if path.exists() { path.metadata() } else { File::create(&partial).and_then(|file| file.metadata()) };
+        let permissions = about.map_err(io)?.permissions();
         let written = safetensors::serialize_to_file(views.map_err(whole)?, Some(metadata), &partial);
         let done = written.map_err(|e| match e {
             safetensors::SafeTensorError::IoError(source) => io(source),
             other => whole(other),
         });
-        let done = done.and_then(|()| std::fs::rename(&partial, path).map_err(io));
+        let named = || std::fs::set_permissions(&partial, permissions).and_then(|()| std::fs::rename(&partial, path));
+        let done = done.and_then(|()| named().map_err(io));
         if done.is_err() {
             // What is left of a failed write is of no use; that it cannot be removed changes nothing.
             let _ = std::fs::remove_file(&partial);

@@ -42,6 +42,7 @@ impl Keep {
 /// Append `tokens` to a session in steps of its chunk, recording each. Logits are those of every row, or of the last one
 /// where statistics are kept (as an untraced run computes them). Gives the last row's logits.
 pub fn record(session: &mut Session, tokens: &[TokenId], keep: &Keep, into: &mut TraceWriter) -> Result<Vec<f32>> {
+    session.engine().check_context(session.tokens().len() + tokens.len())?;
     let vocab = session.engine().config().vocab_size;
     let chunk = session.chunk();
     let mut logits = Vec::new();

@@ -3,9 +3,9 @@
 use super::bench::Random;
 use super::{Line, Options, Part};
 use crate::engine::{DeviceChoice, Engine, Session, Want};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::reply::ReplyOptions;
-use crate::sampler::Sampling;
+use crate::sampler::{Sampling, at_fault};
 use crate::schedule::{Request, SchedulerOptions};
 use crate::speculate::{Drafter, Speculation};
 use crate::tokenizer::TokenId;
@@ -92,7 +92,7 @@ impl<'a> Trial<'a> {
         let mut see = |logits: Vec<f32>| {
             // Equal bits of what is no number say little.
             if logits.iter().any(|v| v.is_nan()) {
-                return Err(Error::Device("the logits contain NaN: a kernel or the checkpoint is at fault".to_owned()));
+                return Err(at_fault("contain NaN"));
             }
             alone.extend(rows(&logits, vocab));
             Ok(likeliest(&logits[logits.len() - vocab..]))

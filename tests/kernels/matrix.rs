@@ -17,16 +17,18 @@ fn linear_case(
     format: Format,
     rows: std::ops::Range<usize>,
     [n, k]: [usize; 2],
+    scale: f32,
 ) -> (Program, Vec<Slice>) {
     let mut random = Random((n + k) as u64);
     let bytes = matrix(&mut random, format, n, k);
     let weight = weight(b, format, [n, k], &bytes);
     let bias = b.input(&random.bf16s(n));
-    let x = random.f32s(200 * k);
+    let bias = (scale == 1.0).then_some(bias); // beside which small inputs would be nothing
+    let x: Vec<f32> = random.f32s(200 * k).iter().map(|v| v * scale).collect();
     let t = rows.len();
     let (step, x, y) = (step(b, t), b.input(&x[rows.start * k..rows.end * k]), b.output(t * n));
     let piece = Piece { weight, first: 0, input_scale: None };
-    let projection = Projection { pieces: vec![piece], n: n as u32, bias: Some(bias) };
+    let projection = Projection { pieces: vec![piece], n: n as u32, bias };
     let mut p = program(t).with_matrix(true);
     p.linear_by_matrix(step, &projection, &projection.pieces[0], x, y);
     b.keep(projection.pieces.into_iter().next().unwrap().weight);
@@ -38,7 +40,7 @@ fn linear_by_matrix_units() {
     let Some(gpu) = matrix_gpu() else { return };
     let run = |device: &Arc<dyn Device>, format, rows, shape| {
         let mut b = Bench::new(device);
-        let (p, outputs) = linear_case(&mut b, format, rows, shape);
+        let (p, outputs) = linear_case(&mut b, format, rows, shape, 1.0);
         b.run(&p, &outputs).swap_remove(0)
     };
     for format in FORMATS.into_iter().filter(|f| f.fits_half()) {
@@ -61,6 +63,24 @@ fn linear_by_matrix_units() {
             for row in [0, t / 2, t - 1] {
                 let alone = run(&gpu, format, row..row + 1, shape);
                 assert!(alone == got[row * shape[0]..][..shape[0]], "{format:?} row {row} of {t}: other bits alone");
+            }
+        }
+    }
+}
+
+/// Halves have fewer bits below 2^-14, and end at 2^16.
+#[test]
+fn small_and_large_inputs_keep_their_bits() {
+    let Some(gpu) = matrix_gpu() else { return };
+    for format in FORMATS.into_iter().filter(|f| f.fits_half()) {
+        for scale in [1e-4, 1e-3, 1e-2, 1e3, 1e5] {
+            for t in [16, 200] {
+                let run = |device: &Arc<dyn Device>| {
+                    let mut b = Bench::new(device);
+                    let (p, outputs) = linear_case(&mut b, format, 0..t, [128, 512], scale);
+                    b.run(&p, &outputs).swap_remove(0)
+                };
+                assert_near(&format!("{format:?} T={t}, inputs of {scale}"), &run(&gpu), &run(&cpu()), TOLERANCE);
             }
         }
     }

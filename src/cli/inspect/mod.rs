@@ -13,7 +13,7 @@ use self::ledger::Ledger;
 use super::Ending;
 use super::engine::{ActivationsArg, KvArg, scale_order};
 use super::terminal::{self, Paint, bytes, count, grouped};
-use fourfold::checkpoint::{Checkpoint, Mapping, TensorView};
+use fourfold::checkpoint::{Checkpoint, Dtype, Mapping, TensorView, check_finite_bf16};
 use fourfold::config::{Config, Family, GenerationConfig, LayerType, Scaling};
 use fourfold::device::{Limits, gpu};
 use fourfold::model::{Plan, WeightKind as Kind};
@@ -22,6 +22,7 @@ use fourfold::{DEFAULT_CHUNK, DEFAULT_CONTEXT, Error, HostStages, Result};
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{self, Write};
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -76,7 +77,7 @@ pub(super) fn inspect(args: &Args) -> anyhow::Result<Ending> {
         None => fourfold::default_checkpoint()?,
     };
     let mut report =
-        Report { checkpoint: &checkpoint, args, out: io::BufWriter::new(io::stdout().lock()), paint: paint() };
+        Report { checkpoint: &checkpoint, args, out: io::BufWriter::new(Patient(io::stdout().lock())), paint: paint() };
     let config = Config::open(&checkpoint);
     report.files()?;
     let (mut sound, mut planned) = (Ok(()), None);
@@ -93,6 +94,7 @@ pub(super) fn inspect(args: &Args) -> anyhow::Result<Ending> {
     report.tensors()?;
     report.scales()?;
     let scales = report.bad_scales()?;
+    let values = first_bad_value(&checkpoint);
     if let (Ok(config), Some(planned)) = (&config, planned) {
         sound = report.places(config, planned)?.and(sound);
     }
@@ -101,7 +103,39 @@ pub(super) fn inspect(args: &Args) -> anyhow::Result<Ending> {
     config?;
     sound?;
     scales?;
+    values?;
     Ok(Ending::Done)
+}
+
+/// A reader that has left still wants the exit code.
+struct Patient<W>(W);
+
+impl<W: Write> Write for Patient<W> {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let gone = |e: &io::Error| e.kind() == io::ErrorKind::BrokenPipe;
+        self.0.write(bytes).or_else(|e| if gone(&e) { Ok(bytes.len()) } else { Err(e) })
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        self.0.flush().or_else(|e| if e.kind() == io::ErrorKind::BrokenPipe { Ok(()) } else { Err(e) })
+    }
+}
+
+/// Matrices in bf16 are not read before they are uploaded, so a NaN in them would show in the logits only.
+fn first_bad_value(checkpoint: &Checkpoint) -> Result<()> {
+    let bf16: Vec<TensorView<'_>> = checkpoint.tensors().filter(|view| view.dtype == Dtype::Bf16).collect();
+    let next = AtomicUsize::new(0);
+    let work = || {
+        while let Some(view) = bf16.get(next.fetch_add(1, Ordering::Relaxed)) {
+            check_finite_bf16(view)?;
+        }
+        Ok(())
+    };
+    let cores = std::thread::available_parallelism().map_or(1, usize::from);
+    std::thread::scope(|scope| {
+        let threads: Vec<_> = (0..cores).map(|_| scope.spawn(work)).collect();
+        threads.into_iter().try_for_each(|thread| thread.join().expect("reading does not panic"))
+    })
 }
 
 fn paint() -> Paint {
@@ -471,6 +505,8 @@ fn recommended(g: &GenerationConfig) -> String {
         temperature.map(|t| format!("temperature {t}")),
         g.top_k.map(|k| format!("top-k {k}")),
         g.top_p.map(|p| format!("top-p {p}")),
+        g.min_p.map(|p| format!("min-p {p}")),
+        g.repetition_penalty.map(|x| format!("repetition penalty {x}")),
         Some(format!("stops at tokens {:?}", g.eos_token_id)),
     ];
     parts.into_iter().flatten().collect::<Vec<_>>().join(", ")

@@ -26,7 +26,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     // An engine may be shared between threads, and a session sent to one.
     let mut session = engine.session()?;
     let prompt = std::env::args().nth(1).unwrap_or_else(|| "Once upon a time".to_owned());
-    let tokens = engine.tokenizer()?.encode(&prompt)?;
+    let tokens = engine.text_tokens(&prompt)?;
     let worker = std::thread::spawn(move || -> fourfold::Result<()> {
         print!("{prompt}");
         let sampling = Sampling { temperature: 0.7, top_p: 0.9, seed: 7, ..Sampling::default() };

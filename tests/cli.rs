@@ -196,6 +196,16 @@ fn bad_usage_is_code_2() {
     fails(&["run", "--raw", "--system", "x", "y"], 2, &["--raw", "--system"]);
     fails(&["run", "--device", "cpu", "--adapter", "x", "y"], 2, &["--adapter"]);
     fails(&["run", " "], 2, &["prompt is empty"]);
+    fails(&["run", "--top-p", "-1", "x"], 2, &["top_p"]);
+    fails(&["run", "-n", "-1", "x"], 2, &["'-1'", "--max-tokens"]);
+    fails(&["run", "--date", "2026-02-30", "x"], 2, &["--date", "YYYY-MM-DD"]);
+    fails(&["run", "--draft", "", "x"], 2, &["--draft", "no directory"]);
+    let huge = u64::MAX.to_string();
+    fails(&["run", "--device", "cpu", "--context", &huge, "x"], 2, &["context", &huge, "1024"]);
+    for flag in ["--depth", "--tokens", "--prefill", "--batch"] {
+        fails(&["bench", "--device", "cpu", flag, &huge], 2, &[flag, &huge]);
+    }
+    fails(&["verify", "--device", "cpu", "--only", "steps", "--prompt-tokens", &huge], 2, &["--prompt-tokens"]);
     fails(&["run", "--device", "cpu", "--context", "99999", "x"], 2, &["context", "1024"]);
 }
 
@@ -211,6 +221,79 @@ fn a_bad_checkpoint_is_code_3() {
     // A checkpoint without a tokenizer takes no text.
     let tiny = root("tests/fixtures/gpt_oss/tiny").display().to_string();
     fails(&["run", "--model", &tiny, "--device", "cpu", "hello"], 3, &["tokenizer.json"]);
+}
+
+/// Both decide what is drawn, so a run by them is the run by such flags.
+#[test]
+fn where_flags_are_silent_the_checkpoint_says_how_tokens_are_drawn() {
+    let dir = std::env::temp_dir().join(format!("fourfold-cli-generation-{}", std::process::id()));
+    let _ = fs::remove_dir_all(&dir);
+    fs::create_dir_all(&dir).unwrap();
+    for entry in fs::read_dir(root("models/fireside")).unwrap() {
+        let entry = entry.unwrap();
+        fs::copy(entry.path(), dir.join(entry.file_name())).unwrap();
+    }
+    let said = r#"{"do_sample": true, "temperature": 1.5, "min_p": 0.2, "repetition_penalty": 1.7}"#;
+    fs::write(dir.join("generation_config.json"), said).unwrap();
+    let model = dir.display().to_string();
+    let run = |flags: &[&str]| {
+        let all = ["run", "--raw", STORY, "--device", "cpu", "--seed", "5", "-n", "40", "--top-k", "0"];
+        let output = fourfold(&[&all, flags].concat());
+        assert!(output.status.success(), "{flags:?}: {}", err(&output));
+        out(&output).to_owned()
+    };
+    let flags = ["--temperature", "1.5", "--min-p", "0.2", "--repetition-penalty", "1.7"];
+    let by_file = run(&["--model", &model]);
+    assert_eq!(by_file, run(&flags));
+    for (flag, off) in [("--min-p", "0"), ("--repetition-penalty", "1")] {
+        assert_ne!(by_file, run(&["--model", &model, flag, off]), "{flag} decides nothing here");
+    }
+    fs::remove_dir_all(&dir).unwrap();
+}
+
+#[test]
+fn what_is_there_is_not_lost() {
+    let dir = Path::new(env!("CARGO_TARGET_TMPDIR")).join("kept");
+    let _ = fs::remove_dir_all(&dir);
+    fs::create_dir_all(&dir).unwrap();
+    let at = |name: &str| dir.join(name).display().to_string();
+    let tiny = root("tests/fixtures/gpt_oss/tiny").display().to_string();
+    let trace = |to: &str, more: &[&str]| {
+        let args = ["trace", "--model", &tiny, "--device", "cpu", "--tokens", "1,2,3", "-o", to];
+        args.iter().chain(more).map(|arg| (*arg).to_owned()).collect::<Vec<String>>()
+    };
+    let refused = |to: &str, more: &[&str], code: i32, words: &[&str]| {
+        let args = trace(to, more);
+        fails(&args.iter().map(String::as_str).collect::<Vec<_>>(), code, words)
+    };
+    refused(&at("no/folder/a.st"), &[], 2, &["folder is not there"]);
+    refused(&at(""), &["--force"], 2, &["no regular file"]);
+    refused(&at("a.st"), &["-n", "100000"], 4, &["100003"]);
+    let done = fourfold(&trace(&at("a.st"), &[]).iter().map(String::as_str).collect::<Vec<_>>());
+    assert!(done.status.success(), "{}", err(&done));
+    let before = fs::read(at("a.st")).unwrap();
+    fails(&["diff", &at("a.st"), &at("a.st"), "--html", &at("a.st")], 2, &["--html", "one of the traces"]);
+    fails(&["diff", &at("a.st"), &at("a.st"), "--tolerance", "no.such=1"], 2, &["--tolerance", "no.such"]);
+    fails(&["diff", &at("a.st"), &at("a.st"), "--layers", "99"], 2, &["--layers"]);
+    assert!(fs::read(at("a.st")).unwrap() == before);
+    fs::write(at("empty"), "").unwrap();
+    fails(&["eval", "--text", &at("empty")], 3, &["empty"]);
+    #[cfg(unix)]
+    {
+        use std::os::unix::fs::{FileTypeExt, PermissionsExt};
+        // Who may read it is as before, through a link as well; what is no file stays what it is.
+        fs::set_permissions(at("a.st"), fs::Permissions::from_mode(0o640)).unwrap();
+        std::os::unix::fs::symlink(at("a.st"), at("link.st")).unwrap();
+        let done = fourfold(&trace(&at("link.st"), &["--force"]).iter().map(String::as_str).collect::<Vec<_>>());
+        assert!(done.status.success(), "{}", err(&done));
+        assert!(Path::new(&at("link.st")).is_symlink());
+        assert_eq!(fs::metadata(at("a.st")).unwrap().permissions().mode() & 0o777, 0o640);
+        assert!(Command::new("mkfifo").arg(at("pipe")).status().unwrap().success());
+        refused(&at("pipe"), &["--force"], 2, &["no regular file"]);
+        assert!(fs::metadata(at("pipe")).unwrap().file_type().is_fifo());
+        fails(&["diff", &at("pipe"), &at("a.st")], 2, &["no file"]);
+        fails(&["eval", "--text", "/dev/zero"], 3, &["/dev/zero", "16 MiB"]);
+    }
 }
 
 #[test]
@@ -372,6 +455,33 @@ fn a_reader_that_leaves_is_no_error() {
             err(&output)
         );
     }
+    // Nor does it change the verdict, of a checkpoint with a NaN where only the logits would show it.
+    let dir = std::env::temp_dir().join(format!("fourfold-cli-nan-{}", std::process::id()));
+    let _ = fs::remove_dir_all(&dir);
+    crate::models::copy_to_write("tiny", &dir);
+    let name = "lm_head.weight";
+    let hit = fs::read_dir(&dir).unwrap().map(|entry| entry.unwrap().path()).any(|path| {
+        let Ok(mut bytes) = fs::read(&path) else { return false };
+        let Ok((length, header)) = safetensors::SafeTensors::read_metadata(&bytes) else { return false };
+        let Some(info) = header.info(name) else { return false };
+        let at = 8 + length + info.data_offsets.0 + 20;
+        bytes[at..at + 2].copy_from_slice(&[0xc0, 0x7f]);
+        fs::write(&path, bytes).unwrap();
+        true
+    });
+    assert!(hit);
+    let mut child = program().arg("inspect").arg(&dir).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    drop(child.stdout.take());
+    let output = child.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(3), "{output:?}");
+    assert!(err(&output).contains(name) && err(&output).contains("element 10 "), "{}", err(&output));
+    fs::remove_dir_all(&dir).unwrap();
+    // JSON is written by another's hand.
+    let args = ["oracle", "--device", "cpu", "--quick", "--json"];
+    let mut child = program().args(args).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    drop(child.stdout.take());
+    let output = child.wait_with_output().unwrap();
+    assert!(output.status.success(), "{output:?}");
 }
 
 #[cfg(unix)]

@@ -460,6 +460,14 @@ mod default_model {
         assert!(answer.stats().cached_tokens > 40, "{:?}", answer.stats());
         drop(answer); // before it said anything
         assert_eq!(chat.messages().len(), 2);
+        let word = said.split_whitespace().nth(5).unwrap().to_owned();
+        chat.clear();
+        let stopped = ReplyOptions { stop: vec![word.clone()], ..options };
+        let mut answer = chat.ask("Tell me a short story about a cat.", &stopped).unwrap();
+        let pieces: String = answer.by_ref().map(|piece| piece.unwrap().text).collect();
+        assert_eq!(answer.finish(), Some(Finish::StopString));
+        drop(answer);
+        assert_eq!(pieces, said[..said.find(&word).unwrap()]);
     }
 
     #[test]

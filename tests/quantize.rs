@@ -148,6 +148,22 @@ fn fixture(name: &str) -> PathBuf {
 }
 
 #[test]
+fn a_run_that_is_broken_off_leaves_nothing() {
+    let scratch = Scratch::new("broken-off");
+    let (source, destination) = (scratch.join("src"), scratch.join("dst"));
+    save(&source, LLAMA, &llama(Raw::F16));
+    let options = Options::new(Format::Mxfp4);
+    let mut pieces = 0;
+    let mut see = |_: &Progress| {
+        pieces += 1;
+        if pieces == 3 { ControlFlow::Break(()) } else { ControlFlow::Continue(()) }
+    };
+    assert!(quantize(&open(&source), &destination, &options, &mut see).unwrap().is_none());
+    assert!(pieces == 3 && !destination.exists());
+    make(&source, &destination, &options);
+}
+
+#[test]
 fn nvfp4_has_the_names_and_numbers_of_modelopt() {
     let scratch = Scratch::new("nvfp4");
     save(&scratch.join("src"), LLAMA, &llama(Raw::F16));

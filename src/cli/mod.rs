@@ -219,4 +219,17 @@ mod tests {
     fn the_parser_is_consistent() {
         Cli::command().debug_assert();
     }
+
+    #[test]
+    fn options_of_a_gpu_reach_the_one_that_auto_takes() {
+        let args = |flags: &[&str]| match parse([&["fourfold", "run"], flags].concat()).command {
+            Some(Command::Run(args)) => args.engine.device().unwrap(),
+            _ => unreachable!("the command is `run`"),
+        };
+        let without = |choice| match choice {
+            fourfold::DeviceChoice::Prefer(options) => options.without_matrix_units,
+            other => panic!("{other:?}"),
+        };
+        assert!(!without(args(&[])) && without(args(&["--no-matrix-units"])));
+    }
 }

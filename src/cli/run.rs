@@ -67,7 +67,7 @@ pub(super) struct Args {
     #[command(flatten)]
     drafting: Drafting,
     #[command(flatten)]
-    engine: EngineArgs,
+    pub(super) engine: EngineArgs,
 }
 
 /// How tokens are drawn.

@@ -452,6 +452,7 @@ fn no_stages(tensors: &HashMap<String, &TensorInfo>, prefix: &str) -> String {
     let known = |name: &str| is_known(&our_name(name));
     let mut prefixes: Vec<&str> = tensors
         .keys()
+        .filter(|name| !known(name))
         .filter_map(|name| name.match_indices('.').map(|(at, _)| name.split_at(at + 1)).find(|(_, rest)| known(rest)))
         .map(|(prefix, _)| prefix)
         .collect();
@@ -463,6 +464,8 @@ fn no_stages(tensors: &HashMap<String, &TensorInfo>, prefix: &str) -> String {
     };
     if tensors.is_empty() {
         text += ": it has no tensors at all";
+    } else if tensors.keys().any(|name| known(name)) {
+        text += ": its stages have no prefix";
     } else if prefixes.is_empty() {
         text += " such as `embed`, `layers.0.attn_out`, `layers.0.mlp.out` or `logits`: is it a trace?";
     } else {

@@ -126,3 +126,35 @@ fn sentencepiece_replies_keep_their_spaces_and_characters() {
     let error = Tokenizer::from_bytes("wordpiece", &wordpiece).unwrap_err().to_string();
     assert!(error.contains("WordPiece") && error.contains("byte-level"), "{error}");
 }
+
+/// As `add_bos_token` of tokenizer_config.json says; templates write theirs themselves.
+#[test]
+fn a_text_begins_with_the_token_that_its_tokenizer_puts_first() {
+    let dir = std::env::temp_dir().join(format!("fourfold-leading-{}", std::process::id()));
+    let _ = std::fs::remove_dir_all(&dir);
+    std::fs::create_dir_all(&dir).unwrap();
+    let from = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("models/fireside");
+    for entry in std::fs::read_dir(from).unwrap() {
+        let entry = entry.unwrap();
+        std::fs::copy(entry.path(), dir.join(entry.file_name())).unwrap();
+    }
+    let open = || fourfold::Engine::builder().checkpoint(&dir).device(fourfold::DeviceChoice::Cpu).build().unwrap();
+    let engine = open();
+    let text = engine.tokenizer().unwrap().encode("Once upon").unwrap();
+    assert_eq!((engine.leading_token(), engine.text_tokens("Once upon").unwrap()), (None, text.clone()));
+    let path = dir.join("tokenizer_config.json");
+    let mut config: serde_json::Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+    let (id, first) = (0..).find_map(|id| Some((id, special(engine.tokenizer().unwrap(), id)?))).unwrap();
+    config["add_bos_token"] = json!(true);
+    config["bos_token"] = json!(first);
+    std::fs::write(&path, config.to_string()).unwrap();
+    let engine = open();
+    let all = [&[id], &text[..]].concat();
+    assert_eq!(engine.text_tokens("Once upon").unwrap(), all);
+    assert_eq!(engine.text_tokens(&format!("{first}Once upon")).unwrap(), all, "once is enough");
+    std::fs::remove_dir_all(&dir).unwrap();
+}
+
+fn special(tokenizer: &Tokenizer, id: u32) -> Option<String> {
+    tokenizer.is_special(id).then(|| String::from_utf8(tokenizer.token_bytes(id)).unwrap())
+}

@@ -25,10 +25,15 @@ impl DecodePrograms {
     /// Most programs that are kept: of a large model some 50 MB with what the device keeps for them.
     const MOST: usize = 128;
 
-    /// What programs are recorded for, in a context of so many positions.
-    pub(crate) fn reaches(context: u32) -> impl Iterator<Item = u32> {
-        let most = Self::reach(context);
-        std::iter::successors(Some(Self::reach(1)), move |reach| (*reach < most).then(|| reach * 2))
+    /// The launches of all programs in a context of so many positions, to be made ready at once.
+    pub(crate) fn of_all_reaches(context: u32, record: impl Fn(u32) -> Program) -> Program {
+        let (first, most) = (Self::reach(1), Self::reach(context));
+        let mut all = record(first);
+        for reach in std::iter::successors(Some(first * 2), |reach| Some(reach * 2)).take_while(|reach| *reach <= most)
+        {
+            all.launches.extend(record(reach).launches);
+        }
+        all
     }
 
     /// One program for all reaches of as many segments, so that few are recorded.

@@ -225,7 +225,7 @@ struct Inner {
     plan: Plan,
     strict: bool,
     tokenizer: Option<Tokenizer>,
-    lead: Option<TokenId>,
+    lead: std::result::Result<Option<TokenId>, String>,
     chat: Option<ChatFormat>,
     generation: GenerationConfig,
 }
@@ -316,16 +316,16 @@ impl Engine {
         self.inner.tokenizer.as_ref().ok_or_else(missing)
     }
 
-    /// The token that begins every text of this checkpoint, if one does.
-    pub fn leading_token(&self) -> Option<TokenId> {
-        self.inner.lead
+    /// The token that begins every text of this checkpoint, if one does; an error where its files name one that is not there.
+    pub fn leading_token(&self) -> Result<Option<TokenId>> {
+        self.inner.lead.clone().map_err(|reason| Error::Text { what: self.inner.name.clone(), reason })
     }
 
     /// The tokens of a text that the model is to go on with: special ones spelled in it count as such, and the first is the
     /// checkpoint's leading token, if it has one.
     pub fn text_tokens(&self, text: &str) -> Result<Vec<TokenId>> {
         let mut tokens = self.tokenizer()?.encode_with_specials(text)?;
-        if let Some(lead) = self.inner.lead
+        if let Some(lead) = self.leading_token()?
             && tokens.first() != Some(&lead)
         {
             tokens.insert(0, lead);
@@ -358,7 +358,7 @@ impl Engine {
         }
     }
 
-    /// A session holds so many tokens.
+    /// An error with the figures unless a session holds so many tokens.
     pub fn check_context(&self, tokens: usize) -> Result<()> {
         self.check_room(self.context(), tokens)
     }

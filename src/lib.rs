@@ -5,7 +5,7 @@
 //!
 //! let engine = Engine::builder().build()?; // the embedded model, on the best device
 //! let mut session = engine.session()?;
-//! let prompt = engine.tokenizer()?.encode("Once upon a time")?;
+//! let prompt = engine.text_tokens("Once upon a time")?;
 //! for token in session.reply(&prompt, &ReplyOptions { max_tokens: Some(40), ..Default::default() })? {
 //!     print!("{}", token?.text);
 //! }

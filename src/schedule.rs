@@ -213,9 +213,8 @@ impl Scheduler {
         ] {
             device.prepare(program)?;
         }
-        for reach in DecodePrograms::reaches(plan.context) {
-            device.prepare(&model.decode(options.sessions as u32, reach, false, Draws::Likeliest, &state))?;
-        }
+        let decode = |reach| model.decode(options.sessions as u32, reach, false, Draws::Likeliest, &state);
+        device.prepare(&DecodePrograms::of_all_reaches(plan.context, decode))?;
         Ok(Self {
             engine: engine.clone(),
             kv: Kv::new(sizes, options.share, state.tables()),

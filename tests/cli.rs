@@ -276,8 +276,8 @@ fn what_is_there_is_not_lost() {
     fails(&["diff", &at("a.st"), &at("a.st"), "--tolerance", "no.such=1"], 2, &["--tolerance", "no.such"]);
     fails(&["diff", &at("a.st"), &at("a.st"), "--layers", "99"], 2, &["--layers"]);
     assert!(fs::read(at("a.st")).unwrap() == before);
-    fs::write(at("empty"), "").unwrap();
-    fails(&["eval", "--text", &at("empty")], 3, &["empty"]);
+    fs::write(at("nothing.txt"), "").unwrap();
+    fails(&["eval", "--text", &at("nothing.txt")], 3, &["nothing.txt", "is empty"]);
     #[cfg(unix)]
     {
         use std::os::unix::fs::{FileTypeExt, PermissionsExt};

@@ -324,7 +324,7 @@ fn a_lost_device_is_an_error() {
     let buffer = Buffer::new(&cpu(), "row", 16).unwrap().slice();
     let mut program = Program::new(1, HostStages::default());
     program.add(3, buffer, buffer, buffer);
-    let error = gpu.prepare(&program).unwrap_err();
+    let error = gpu.run(&program).unwrap_err();
     assert!(matches!(error, Error::DeviceLost(_)), "{error}");
 }
 

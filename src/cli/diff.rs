@@ -166,12 +166,14 @@ fn compared(args: &Args) -> anyhow::Result<Comparison> {
             Some(stage) => tolerances.stages.push((stage.clone(), *number)),
         }
     }
-    let in_both = |pattern: &str| a.stages().iter().chain(b.stages()).any(|stage| compare::matches(pattern, stage));
-    if let Some((unknown, _)) = tolerances.stages.iter().find(|(pattern, _)| !in_both(pattern)) {
+    let in_either = |pattern: &str| a.stages().iter().chain(b.stages()).any(|stage| compare::matches(pattern, stage));
+    if let Some((unknown, _)) = tolerances.stages.iter().find(|(pattern, _)| !in_either(pattern)) {
         anyhow::bail!("--tolerance: no stage of the traces is called {unknown}");
     }
     let layer_of = |stage: &String| split_layer(stage).map(|(layer, _)| layer);
-    let in_traces = |layers: &LayersArg| a.stages().iter().filter_map(layer_of).any(|layer| layers.0.contains(&layer));
+    let in_traces = |layers: &LayersArg| {
+        a.stages().iter().chain(b.stages()).filter_map(layer_of).any(|layer| layers.0.contains(&layer))
+    };
     if args.layers.as_ref().is_some_and(|layers| !in_traces(layers)) {
         anyhow::bail!("--layers: the traces have none of these");
     }

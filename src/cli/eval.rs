@@ -64,7 +64,7 @@ pub(super) fn eval(args: &Args) -> anyhow::Result<Ending> {
     if !args.quiet {
         note_fallback(&engine);
     }
-    let lead = engine.leading_token();
+    let lead = engine.leading_token()?;
     let reference =
         args.reference.as_deref().map(|dir| load_reference(dir, &args.engine, &engine, args.quiet)).transpose()?;
     let against = match (&reference, &trace) {

@@ -175,7 +175,7 @@ fn calibration(args: &Args, file: &Path, device: DeviceChoice, mapping: Mapping)
     let tokenizer = engine.tokenizer()?;
     let mut tokens = tokenizer.encode_with_specials(&text)?;
     tokens.truncate(args.calibrate_tokens);
-    let lead = engine.leading_token();
+    let lead = engine.leading_token()?;
     let bar = bar(args.quiet, "calibrating {wide_bar} {pos} of {len} tokens");
     let mut see = |p: &Progress| {
         bar.set_length(p.total);
@@ -195,7 +195,7 @@ pub(super) fn read_text(file: &Path) -> anyhow::Result<String> {
     let read = File::open(file).and_then(|open| open.take(MAX_TEXT + 1).read_to_end(&mut bytes));
     read.map_err(|source| Error::Io { path: file.to_owned(), source })?;
     if bytes.len() as u64 > MAX_TEXT {
-        let reason = format!("is longer than {} MiB: cut it (head -c {MAX_TEXT})", MAX_TEXT >> 20);
+        let reason = format!("is longer than {} MiB: give a part of it", MAX_TEXT >> 20);
         return Err(Error::File { file: file.display().to_string(), reason }.into());
     }
     if bytes.is_empty() {

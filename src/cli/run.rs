@@ -422,8 +422,10 @@ impl Drawing {
     fn sampling(&self, generation: &GenerationConfig, seed: u64) -> Sampling {
         let recommended = if generation.do_sample == Some(false) { Some(0.0) } else { generation.temperature };
         let temperature = if self.greedy { 0.0 } else { self.chances.temperature.or(recommended).unwrap_or(1.0) };
+        // The likeliest token is that of the model's own logits, unless a flag says otherwise.
+        let penalty = generation.repetition_penalty.filter(|_| !self.greedy);
         Sampling {
-            repetition_penalty: self.repetition_penalty.or(generation.repetition_penalty).unwrap_or(1.0),
+            repetition_penalty: self.repetition_penalty.or(penalty).unwrap_or(1.0),
             temperature,
             top_k: self.chances.top_k.or(generation.top_k).unwrap_or(0),
             top_p: self.chances.top_p.or(generation.top_p).unwrap_or(1.0),

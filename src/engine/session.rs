@@ -27,9 +27,7 @@ impl Engine {
             inner.device.prepare(program)?;
         }
         // Attention has other kernels where it sees more; nobody waits for them half-way through a reply.
-        for reach in DecodePrograms::reaches(inner.plan.context) {
-            inner.device.prepare(&decode(reach))?;
-        }
+        inner.device.prepare(&DecodePrograms::of_all_reaches(inner.plan.context, decode))?;
         let cancel = Arc::new(AtomicBool::new(false));
         Ok(Session {
             engine: self.clone(),

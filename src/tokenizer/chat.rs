@@ -450,7 +450,7 @@ fn days_of(year: i64, month: i64, day: i64) -> i64 {
 
 /// Whether it is a day of the calendar, as `YYYY-MM-DD`.
 pub fn is_date(text: &str) -> bool {
-    day_of(text).is_some()
+    text.len() == 10 && text.chars().all(|c| c.is_ascii_digit() || c == '-') && day_of(text).is_some()
 }
 
 /// The day of a date.

@@ -20,6 +20,10 @@ use crate::error::{Error, Result};
 /// A token's number: its row in the embedding.
 pub type TokenId = u32;
 
+/// A decoder whose replacements are longer, or make longer tokens, is a broken file.
+const MAX_REPLACEMENT: usize = 64;
+const MAX_TOKEN_BYTES: usize = 1 << 16;
+
 /// Ids above this are a broken file, not a vocabulary.
 const MAX_TOKEN_ID: TokenId = 1 << 24;
 
@@ -79,6 +83,7 @@ impl Tokenizer {
             }
         };
         let table = ByteTable::new(&vocab, |id, token| spelling.bytes(token, added.contains_key(&id)));
+        let table = table.map_err(unusable)?;
         let max_id = vocab.values().copied().max().unwrap_or_default();
         let lead = spelling.lead;
         Ok(Self { inner: Arc::new(Inner { vocab_size: vocab.len(), max_id, hf, specials, table, lead }) })
@@ -294,8 +299,12 @@ impl Spelling {
                 self.replaced.push((text(&decoder["replacement"]), " ".into()));
                 self.lead = usize::from(decoder["prepend_scheme"] != "never");
             }
-            "Replace" if decoder["pattern"]["String"].is_string() => {
-                self.replaced.push((text(&decoder["pattern"]["String"]), text(&decoder["content"])));
+            "Replace" if decoder["pattern"]["String"].as_str().is_some_and(|from| !from.is_empty()) => {
+                let to = text(&decoder["content"]);
+                if to.len() > MAX_REPLACEMENT {
+                    return Err(format!("its decoder replaces something by {} bytes", to.len()));
+                }
+                self.replaced.push((text(&decoder["pattern"]["String"]), to));
             }
             "Strip" if decoder["content"] == " " && decoder["stop"] == 0 => {
                 self.lead = decoder["start"].as_u64().unwrap_or_default() as usize;
@@ -310,15 +319,21 @@ impl Spelling {
     }
 
     /// The bytes of a token; added ones are written as they are in byte-level vocabularies.
-    fn bytes(&self, token: &str, added: bool) -> Vec<u8> {
+    fn bytes(&self, token: &str, added: bool) -> Result<Vec<u8>, String> {
         if !self.alphabet.is_empty() {
             let spelled: Option<Vec<u8>> = token.chars().map(|c| self.alphabet.get(&c).copied()).collect();
-            return spelled.filter(|_| !added).unwrap_or_else(|| token.into());
+            return Ok(spelled.filter(|_| !added).unwrap_or_else(|| token.into()));
         }
         let named = token.strip_prefix("<0x").and_then(|rest| rest.strip_suffix('>')).filter(|hex| hex.len() == 2);
         match named.and_then(|hex| u8::from_str_radix(hex, 16).ok()).filter(|_| self.bytes_named) {
-            Some(byte) => vec![byte],
-            None => self.replaced.iter().fold(token.to_owned(), |text, (from, to)| text.replace(from, to)).into(),
+            Some(byte) => Ok(vec![byte]),
+            None => {
+                let replaced = self.replaced.iter().try_fold(token.to_owned(), |text, (from, to)| {
+                    let text = text.replace(from, to);
+                    (text.len() <= MAX_TOKEN_BYTES).then_some(text)
+                });
+                Ok(replaced.ok_or("its decoder makes a token longer than any text")?.into())
+            }
         }
     }
 }
@@ -331,7 +346,10 @@ struct ByteTable {
 
 impl ByteTable {
     /// With the bytes of each token, by its id and name.
-    fn new(vocab: &HashMap<String, TokenId>, bytes: impl Fn(TokenId, &str) -> Vec<u8>) -> Self {
+    fn new(
+        vocab: &HashMap<String, TokenId>,
+        bytes: impl Fn(TokenId, &str) -> Result<Vec<u8>, String>,
+    ) -> Result<Self, String> {
         let mut tokens: Vec<(TokenId, &str)> = vocab.iter().map(|(token, &id)| (id, token.as_str())).collect();
         tokens.sort_unstable();
         let mut table = Self { bytes: Vec::new(), ends: Vec::new() };
@@ -341,10 +359,13 @@ impl ByteTable {
                 continue;
             }
             table.ends.resize(id as usize, table.bytes.len() as u32);
-            table.bytes.extend(bytes(id, token));
+            table.bytes.extend(bytes(id, token)?);
             table.ends.push(table.bytes.len() as u32);
         }
-        table
+        if u32::try_from(table.bytes.len()).is_err() {
+            return Err("its tokens take more than 4 GiB".into());
+        }
+        Ok(table)
     }
 
     fn get(&self, id: TokenId) -> &[u8] {

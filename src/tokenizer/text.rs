@@ -10,8 +10,8 @@ use crate::error::{Error, Result};
 pub struct Text {
     /// `None`: the checkpoint takes and gives token ids only.
     pub tokenizer: Option<Tokenizer>,
-    /// The token that begins every text ([`leading_token`]), if one does.
-    pub lead: Option<TokenId>,
+    /// The token that begins every text ([`leading_token`]), if one does; or why it cannot be told, which a chat need not know.
+    pub lead: std::result::Result<Option<TokenId>, String>,
     /// `None`: it cannot chat.
     pub chat: Option<ChatFormat>,
     /// Where it stops, and how it likes to be sampled.
@@ -36,7 +36,8 @@ impl Text {
                 return Err(Error::file(path, reason));
             }
         }
-        let lead = tokenizer.as_ref().map_or(Ok(None), |tokenizer| leading_token(checkpoint, tokenizer))?;
+        let lead = tokenizer.as_ref().map_or(Ok(None), |tokenizer| leading_token(checkpoint, tokenizer));
+        let lead = lead.map_err(|e| e.to_string());
         let chat = match (checkpoint.file("chat_template.jinja"), &tokenizer) {
             (Some(source), _) => {
                 let path = checkpoint.path("chat_template.jinja");

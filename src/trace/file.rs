@@ -603,7 +603,7 @@ impl TraceWriter {
         }
         let whole = |e: safetensors::SafeTensorError| fault(format!("cannot be written: {e}"));
         let views = self.tensors.iter().map(|(name, pending)| Ok((name, pending.view()?)));
-        let views: Result<Vec<(&String, TensorView)>, _> = views.collect();
+        let views = views.collect::<Result<Vec<(&String, TensorView)>, _>>().map_err(whole)?;
         // Beside the file, so that renaming stays within one file system.
         let mut partial = name.to_owned();
         partial.push(format!(".{}.partial", std::process::id()));
@@ -613,7 +613,7 @@ impl TraceWriter {
         let about =
             if path.exists() { path.metadata() } else { File::create(&partial).and_then(|file| file.metadata()) };
         let permissions = about.map_err(io)?.permissions();
-        let written = safetensors::serialize_to_file(views.map_err(whole)?, Some(metadata), &partial);
+        let written = safetensors::serialize_to_file(views, Some(metadata), &partial);
         let done = written.map_err(|e| match e {
             safetensors::SafeTensorError::IoError(source) => io(source),
             other => whole(other),

@@ -141,7 +141,7 @@ fn a_text_begins_with_the_token_that_its_tokenizer_puts_first() {
     let open = || fourfold::Engine::builder().checkpoint(&dir).device(fourfold::DeviceChoice::Cpu).build().unwrap();
     let engine = open();
     let text = engine.tokenizer().unwrap().encode("Once upon").unwrap();
-    assert_eq!((engine.leading_token(), engine.text_tokens("Once upon").unwrap()), (None, text.clone()));
+    assert_eq!((engine.leading_token().unwrap(), engine.text_tokens("Once upon").unwrap()), (None, text.clone()));
     let path = dir.join("tokenizer_config.json");
     let mut config: serde_json::Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
     let (id, first) = (0..).find_map(|id| Some((id, special(engine.tokenizer().unwrap(), id)?))).unwrap();
@@ -152,6 +152,11 @@ fn a_text_begins_with_the_token_that_its_tokenizer_puts_first() {
     let all = [&[id], &text[..]].concat();
     assert_eq!(engine.text_tokens("Once upon").unwrap(), all);
     assert_eq!(engine.text_tokens(&format!("{first}Once upon")).unwrap(), all, "once is enough");
+    // A chat does without.
+    config["bos_token"] = json!("no such token");
+    std::fs::write(&path, config.to_string()).unwrap();
+    let error = open().text_tokens("Once upon").unwrap_err().to_string();
+    assert!(error.contains("tokenizer_config.json") && error.contains("not in the vocabulary"), "{error}");
     std::fs::remove_dir_all(&dir).unwrap();
 }
 

@@ -23,6 +23,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::io::{self, Write};
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Mutex, PoisonError};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -94,7 +95,6 @@ pub(super) fn inspect(args: &Args) -> anyhow::Result<Ending> {
     report.tensors()?;
     report.scales()?;
     let scales = report.bad_scales()?;
-    let values = first_bad_value(&checkpoint);
     if let (Ok(config), Some(planned)) = (&config, planned) {
         sound = report.places(config, planned)?.and(sound);
     }
@@ -103,7 +103,7 @@ pub(super) fn inspect(args: &Args) -> anyhow::Result<Ending> {
     config?;
     sound?;
     scales?;
-    values?;
+    first_bad_value(&checkpoint)?;
     Ok(Ending::Done)
 }
 
@@ -125,17 +125,20 @@ impl<W: Write> Write for Patient<W> {
 fn first_bad_value(checkpoint: &Checkpoint) -> Result<()> {
     let bf16: Vec<TensorView<'_>> = checkpoint.tensors().filter(|view| view.dtype == Dtype::Bf16).collect();
     let next = AtomicUsize::new(0);
+    let bad = Mutex::new(BTreeMap::new());
     let work = || {
-        while let Some(view) = bf16.get(next.fetch_add(1, Ordering::Relaxed)) {
-            check_finite_bf16(view)?;
+        while let at = next.fetch_add(1, Ordering::Relaxed)
+            && let Some(view) = bf16.get(at)
+        {
+            if let Err(e) = check_finite_bf16(view) {
+                bad.lock().unwrap_or_else(PoisonError::into_inner).insert(at, e);
+            }
         }
-        Ok(())
     };
     let cores = std::thread::available_parallelism().map_or(1, usize::from);
-    std::thread::scope(|scope| {
-        let threads: Vec<_> = (0..cores).map(|_| scope.spawn(work)).collect();
-        threads.into_iter().try_for_each(|thread| thread.join().expect("reading does not panic"))
-    })
+    std::thread::scope(|scope| (0..cores).for_each(|_| _ = scope.spawn(work)));
+    let first = bad.into_inner().unwrap_or_else(PoisonError::into_inner).pop_first();
+    first.map_or(Ok(()), |(_, e)| Err(e))
 }
 
 fn paint() -> Paint {

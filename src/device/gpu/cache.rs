@@ -171,8 +171,15 @@ fn read(path: &Path) -> io::Result<Vec<u8>> {
 
 /// Under another name first, which is this call's alone, so that nobody reads half of it.
 fn write(path: &Path, data: &[u8]) -> io::Result<()> {
-    let partial = path.with_extension(format!("{}.{}.partial", std::process::id(), call()));
-    let mut file = new_file(&partial)?;
+    let next = || path.with_extension(format!("{}.{}.partial", std::process::id(), call()));
+    let mut partial = next();
+    let mut file = loop {
+        match new_file(&partial) {
+            // A process of this number was killed here.
+            Err(e) if e.kind() == io::ErrorKind::AlreadyExists => partial = next(),
+            other => break other?,
+        }
+    };
     let mut fill = || {
         file.write_all(MAGIC)?;
         file.write_all(&hash(data).to_le_bytes())?;

@@ -15,13 +15,13 @@ pub use cache::PipelineCache;
 use super::{Device, Later, Limits, See, next_id};
 use crate::error::{Error, Result};
 use crate::ops::Layout;
-use crate::program::{BufferId, Program, Seal, Slice};
+use crate::program::{BufferId, Program, Slice};
 use cache::Cache;
 use pipeline::{Compile, Pipelines};
 use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError, RwLock, Weak};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::Duration;
 
 /// Longest wait for the device before it is reported as hung.
@@ -65,7 +65,7 @@ pub struct Gpu {
     buffers: RwLock<HashMap<BufferId, wgpu::Buffer>>,
     bind_groups: Mutex<HashMap<run::BindKey, wgpu::BindGroup>>,
     /// What sealed programs run, by their numbers, as long as they live. Emptied when any buffer is given back.
-    sealed: Mutex<HashMap<u64, (Weak<Seal>, Arc<Vec<run::Ready>>)>>,
+    sealed: Mutex<HashMap<u64, run::Kept>>,
     /// For readbacks.
     staging: Mutex<Option<wgpu::Buffer>>,
     /// How many launches go into one submission.
@@ -221,8 +221,8 @@ impl Gpu {
         let descriptor = wgpu::BufferDescriptor { label: Some("probe"), size: 4, usage, mapped_at_creation: false };
         let write = || self.queue.write_buffer(&self.device.create_buffer(&descriptor), 0, &[0; 4]);
         match noted(&self.device, write).1 {
-            None => self.check_lost(),
-            Some(wgpu::Error::OutOfMemory { .. }) => Err(out_of_memory("probe", 4)),
+            // A device without memory is there.
+            None | Some(wgpu::Error::OutOfMemory { .. }) => self.check_lost(),
             Some(_) => Err(Error::DeviceLost(format!("{} takes no more work", self.facts.name))),
         }
     }

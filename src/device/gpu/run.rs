@@ -5,8 +5,8 @@ use super::pipeline::Pipeline;
 use crate::device::{Device, See, run_on_host};
 use crate::error::Result;
 use crate::ops::is_written;
-use crate::program::{Access, BufferId, Launch, Place, Program, Slice, Stage};
-use std::sync::{Arc, PoisonError};
+use crate::program::{Access, BufferId, Launch, Place, Program, Seal, Slice, Stage};
+use std::sync::{Arc, PoisonError, Weak};
 
 /// Launches that are timed in one submission.
 const LAUNCHES: usize = 64;
@@ -22,6 +22,13 @@ impl BindKey {
     pub(super) fn uses(&self, id: BufferId) -> bool {
         self.slices.iter().any(|s| s.buffer == id)
     }
+}
+
+/// What a sealed program runs, as long as it lives.
+#[derive(Debug)]
+pub(super) struct Kept {
+    seal: Weak<Seal>,
+    ready: Arc<Vec<Ready>>,
 }
 
 /// A launch with all that it needs on the device.
@@ -98,14 +105,14 @@ impl Gpu {
             return self.run_launches(&program.launches, program.tokens);
         }
         let sealed = || self.sealed.lock().unwrap_or_else(PoisonError::into_inner);
-        let kept = sealed().get(&seal.0).map(|(_, ready)| ready.clone());
+        let kept = sealed().get(&seal.0).map(|kept| kept.ready.clone());
         let ready = match kept {
             Some(ready) => ready,
             None => {
                 let ready = Arc::new(self.ready(&program.launches)?);
                 let mut sealed = sealed();
-                sealed.retain(|_, (seal, _)| seal.strong_count() > 0);
-                sealed.insert(seal.0, (Arc::downgrade(seal), ready.clone()));
+                sealed.retain(|_, kept| kept.seal.strong_count() > 0);
+                sealed.insert(seal.0, Kept { seal: Arc::downgrade(seal), ready: ready.clone() });
                 ready
             }
         };

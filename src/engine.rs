@@ -307,6 +307,11 @@ impl Engine {
         self.inner.plan.context as usize
     }
 
+    /// Tokens of a prompt that are computed in one step.
+    pub fn chunk(&self) -> usize {
+        self.inner.plan.chunk as usize
+    }
+
     /// The tokenizer; an error where the checkpoint has none.
     pub fn tokenizer(&self) -> Result<&Tokenizer> {
         let missing = || {

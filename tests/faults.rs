@@ -6,7 +6,7 @@
 mod loading;
 
 use crate::families::fixture;
-use crate::harness::{cpu, gpu};
+use crate::harness::{cpu, gpu, matrix_gpu};
 use fourfold::device::{Buffer, Device, Limits, cpu::Cpu};
 use fourfold::format::{e4m3, nvfp4};
 use fourfold::ops::{ActScale, Gate, Layout, Op, Routes, StageActivation, Staging, staged_words};
@@ -401,6 +401,37 @@ fn devices_that_keep_caches_in_other_parts_are_refused() {
     let mut twins = reference.session().unwrap();
     let refused = bisect(|| engine.session(), Reference::Session(&mut twins), &prompt()).unwrap_err().to_string();
     assert!(refused.contains("max-binding-bytes") && refused.contains("other parts"), "{refused}");
+}
+
+/// A prompt's kernels are others where there are matrix units; without a GPU that has any, their twins alone run.
+#[test]
+fn a_right_engine_by_matrix_units_has_no_wrong_stage() {
+    let like: Arc<dyn Device> = Arc::new(Cpu::with_limits(Limits { matrix: true, ..cpu().limits() }));
+    for model in MODELS {
+        let reference = model.engine(&like);
+        for device in [Some(like.clone()), matrix_gpu()].into_iter().flatten() {
+            let engine = model.engine(&device);
+            let mut twins = reference.session().unwrap();
+            let found = bisect(|| engine.session(), Reference::Session(&mut twins), &model.tokens()).unwrap();
+            assert!(found.len() > engine.config().num_hidden_layers * 12 && wrong(&found).is_empty(), "{found:?}");
+        }
+    }
+    let mut plain = engine(&cpu()).session().unwrap();
+    let refused = bisect(|| engine(&like).session(), Reference::Session(&mut plain), &prompt()).unwrap_err();
+    assert!(refused.to_string().contains("matrix"), "{refused}");
+}
+
+#[test]
+fn sessions_of_other_sizes_are_refused() {
+    let other = |context, chunk| {
+        let builder = Engine::builder().checkpoint(fixture(GPT_OSS.fixture)).device(DeviceChoice::Own(cpu()));
+        builder.context(context).chunk(chunk).build().unwrap()
+    };
+    for (context, chunk, words) in [(60, 8, "chunk: "), (80, 16, "context: ")] {
+        let mut twins = other(context, chunk).session().unwrap();
+        let refused = bisect(|| engine(&cpu()).session(), Reference::Session(&mut twins), &prompt()).unwrap_err();
+        assert!(refused.to_string().starts_with(words), "{refused}");
+    }
 }
 
 #[test]

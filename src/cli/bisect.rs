@@ -3,7 +3,7 @@
 use super::engine::{EngineArgs, HostArg};
 use super::trace::note_fallback;
 use super::{Ending, Usage, terminal};
-use fourfold::device::{Device, gpu};
+use fourfold::device::{Device, Limits, cpu::Cpu, gpu};
 use fourfold::trace::bisect::{Reference, StageError, TOLERANCE, bisect as bisect_runs};
 use fourfold::trace::compare::Tolerances;
 use fourfold::trace::file::TraceFile;
@@ -11,6 +11,7 @@ use fourfold::trace::probe::probe as probe_runs;
 use fourfold::{DeviceChoice, Engine};
 use std::io::{self, Write};
 use std::path::PathBuf;
+use std::sync::Arc;
 
 const BISECT_EXAMPLES: &str = "\
 Examples:
@@ -49,6 +50,12 @@ pub(super) struct BisectArgs {
     engine: EngineArgs,
 }
 
+/// The twins, with the limits of an engine's device: they record the same launches.
+fn twins_like(engine: &Engine) -> DeviceChoice {
+    let limits = Limits { laid_out: false, ..engine.device().limits() };
+    DeviceChoice::Own(Arc::new(Cpu::with_limits(limits)))
+}
+
 /// What to run.
 #[derive(clap::Args)]
 struct PromptArgs {
@@ -83,23 +90,30 @@ fn tolerance(text: &str) -> Result<f64, String> {
 }
 
 pub(super) fn bisect(args: &BisectArgs) -> anyhow::Result<Ending> {
-    let engine = args.engine.load(args.engine.device()?, false)?;
+    let mut engine = args.engine.load(args.engine.device()?, false)?;
     note_fallback(&engine);
     let mut tolerance = args.tolerance.unwrap_or(TOLERANCE);
     let tokens = args.prompt.tokens(&engine)?;
-    let plain = |choice: DeviceChoice| args.engine.load_with_host(choice, &[] as &[HostArg], false);
+    // With the same buffers, or one side cannot be given the other's.
+    let common = args.engine.with_steps_of(&engine);
+    let twins = Cpu::default().describe();
     let (found, reference) = match args.against.as_str() {
         against if matches!(against, "cpu" | "gpu") || against.starts_with("gpu:") => {
             let choice = match against.strip_prefix("gpu:") {
-                _ if against == "cpu" => DeviceChoice::Cpu,
+                _ if against == "cpu" => twins_like(&engine),
                 None => args.engine.gpu(),
                 Some(name) => {
-                    DeviceChoice::Gpu(gpu::Options { adapter: Some(name.to_owned()), ..gpu::Options::default() })
+                    let without_matrix_units = !engine.device().limits().matrix;
+                    let adapter = Some(name.to_owned());
+                    DeviceChoice::Gpu(gpu::Options { adapter, without_matrix_units, ..gpu::Options::default() })
                 }
             };
-            let other = plain(choice)?;
-            let twins = fourfold::device::cpu::Cpu::default().describe();
-            if [&engine, &other].iter().all(|e| e.device().describe() == twins) && args.engine.host_is_empty() {
+            let other = common.load_with_host(choice, &[] as &[HostArg], false)?;
+            let by_twins = |engine: &Engine| engine.device().describe() == twins;
+            if by_twins(&engine) && !by_twins(&other) {
+                engine = common.load(twins_like(&other), false)?;
+            }
+            if [&engine, &other].into_iter().all(by_twins) && args.engine.host_is_empty() {
                 let text =
                     "both sides are the CPU twins, which cannot differ: name a GPU, or a trace with --against FILE";
                 return Err(Usage(text.into()).into());

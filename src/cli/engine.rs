@@ -202,6 +202,11 @@ impl EngineArgs {
         Self { context: self.context.or(Some(tokens)), ..self.clone() }
     }
 
+    /// With the context and the chunk that an engine has.
+    pub(super) fn with_steps_of(&self, engine: &Engine) -> Self {
+        Self { context: Some(engine.context()), chunk: Some(engine.chunk()), ..self.clone() }
+    }
+
     /// For another model.
     pub(super) fn with_model(&self, dir: &Path) -> Self {
         Self { model: Some(dir.to_owned()), ..self.clone() }

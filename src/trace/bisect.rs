@@ -15,7 +15,8 @@ use std::collections::{BTreeMap, BTreeSet};
 
 /// What the execution under test is held to.
 pub enum Reference<'r> {
-    /// Another session of the same model: other device, other placement.
+    /// Another session of the same model, with equal context and chunk: another device of equal limits (the twins take any:
+    /// [`crate::device::cpu::Cpu::with_limits`]), another placement.
     Session(&'r mut Session),
     /// A trace from anywhere. Stages that it lacks are not judged; their errors show in the next one that it has.
     Trace(&'r TraceFile),
@@ -56,6 +57,9 @@ pub fn bisect(
     }
     let mut free = new_session()?;
     let mut held = new_session()?;
+    if let Reference::Session(session) = &reference {
+        comparable(&held, session)?;
+    }
     let mut reference = match reference {
         Reference::Session(session) => {
             session.clear();
@@ -93,6 +97,30 @@ pub fn bisect(
         })?;
     }
     Ok(found.judge(&cumulative))
+}
+
+/// Both record the same launches over buffers of the same sizes, or one cannot be given the other's.
+fn comparable(held: &Session, reference: &Session) -> Result<()> {
+    let (ours, theirs) = (held.engine(), reference.engine());
+    for (option, ours, theirs) in
+        [("context", ours.context(), theirs.context()), ("chunk", ours.chunk(), theirs.chunk())]
+    {
+        if ours != theirs {
+            let reason = format!("the one under test has {ours}, the reference {theirs}: give both the same");
+            return Err(Error::option(option, reason));
+        }
+    }
+    if held.device().limits().matrix != reference.device().limits().matrix {
+        let reason = "a prompt takes matrix units on one side only: open both devices with them or without";
+        return Err(Error::option("no-matrix-units", reason));
+    }
+    let bytes = |session: &Session| session.state_slices().iter().map(|slice| slice.bytes).collect::<Vec<_>>();
+    if bytes(held) != bytes(reference) {
+        let reason = "the devices bind so much more or less that a layer's cache lies in other parts on each: give both the \
+                      same limit, or a shorter context";
+        return Err(Error::option("max-binding-bytes", reason));
+    }
+    Ok(())
 }
 
 /// The reference while it runs.
@@ -234,14 +262,6 @@ fn lockstep(
     found: &mut Found,
 ) -> Result<()> {
     let reference_parts = reference_program.map(Program::split_at_stages);
-    if let Side::Session(session) = reference {
-        let bytes = |session: &Session| session.state_slices().iter().map(|slice| slice.bytes).collect::<Vec<_>>();
-        if bytes(held) != bytes(session) {
-            let reason = "the devices bind so much more or less that a layer's cache lies in other parts on each: give both the \
-                          same limit, or a shorter context";
-            return Err(Error::option("max-binding-bytes", reason));
-        }
-    }
     // Written to the execution under test before its next launch: stages of one launch are judged together.
     let mut corrections: Vec<(Slice, Vec<u32>)> = Vec::new();
     // Buffers that the last part wrote and no stage has shown, by their place in the state.

@@ -24,7 +24,7 @@ pub const DEFAULT_CONTEXT: usize = 4096;
 /// Tokens of a prompt in one step unless asked otherwise.
 pub const DEFAULT_CHUNK: usize = 128;
 /// The same where matrix units want more at once.
-const MATRIX_CHUNK: u32 = 1024;
+pub const MATRIX_CHUNK: usize = 1024;
 
 /// What computes.
 #[derive(Clone, Debug, Default)]
@@ -166,7 +166,7 @@ impl EngineBuilder {
         plan.check(&config)?;
         let (device, fallback) = open_device(&self.device)?;
         if self.chunk.is_none() && device.limits().matrix && !self.strict {
-            plan.chunk = MATRIX_CHUNK;
+            plan.chunk = MATRIX_CHUNK as u32;
         }
         plan.chunk = plan.chunk.min(plan.context);
         let model = Model::load(&checkpoint, config, &device, &plan, &mut self.progress)?;

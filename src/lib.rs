@@ -63,7 +63,8 @@ pub use chat::{Answer, Chat, Piece};
 pub use default_model::{draft as default_draft_checkpoint, main as default_checkpoint};
 pub use device::gpu::Gpu;
 pub use engine::{
-    Cancel, DEFAULT_CHUNK, DEFAULT_CONTEXT, DeviceChoice, Edit, Engine, EngineBuilder, See, Session, Want, Watch,
+    Cancel, DEFAULT_CHUNK, DEFAULT_CONTEXT, DeviceChoice, Edit, Engine, EngineBuilder, MATRIX_CHUNK, See, Session,
+    Want, Watch,
 };
 pub use error::{Error, Result};
 pub use kv::Pages;

@@ -6,7 +6,7 @@ use crate::device::{self, Buffer, Device};
 use crate::error::{Error, Result};
 use crate::model::State;
 use crate::ops::{Activations, Draws, Row, STATS_WORDS, Step};
-use crate::program::{Program, Slice, Stage};
+use crate::program::{HostStages, Program, Slice, Stage};
 use crate::reply::{Reply, ReplyOptions};
 use crate::sampler::Rule;
 use crate::speculate::{MOST, Speculation};
@@ -181,13 +181,18 @@ impl Session {
         }
         self.speculation = speculation.filter(|_| self.max_picks() > 1);
         if self.speculation.is_some() {
-            // Steps over drafts have kernels of their own: ready now, no reply waits for them.
-            let device = self.engine.device().clone();
-            for rows in 2..=self.max_picks().min(1 + MOST) as u32 {
-                device.prepare(self.decode_program(rows, 1, Draws::Likeliest))?;
-            }
+            self.prepare_drafts()?;
         }
         Ok(())
+    }
+
+    /// Steps over drafts, or over tokens that were kept of one, have kernels of their own: ready now, no reply waits for them.
+    pub(crate) fn prepare_drafts(&mut self) -> Result<()> {
+        let mut all = Program::new(1, HostStages::default());
+        for rows in 2..=self.max_picks().min(1 + MOST) as u32 {
+            all.launches.extend(self.decode_program(rows, 1, Draws::Likeliest).launches.iter().cloned());
+        }
+        self.engine.device().prepare(&all)
     }
 
     /// Whether a cancel was asked for; clears it.

@@ -42,7 +42,9 @@ impl DraftModel {
         if draft.activations() == Activations::Nvfp4Dynamic {
             return refuse("cannot draft with activations \"nvfp4-dynamic\": use \"nvfp4-token\"".to_owned());
         }
-        Ok(Self { session: draft.session()?, sampling: Sampling::greedy() })
+        let mut session = draft.session()?;
+        session.prepare_drafts()?; // it computes at once what was kept of its last
+        Ok(Self { session, sampling: Sampling::greedy() })
     }
 
     /// Draw proposals as the reply's own tokens are drawn: by its options and the random number of each place, so that a model

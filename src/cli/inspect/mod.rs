@@ -18,7 +18,7 @@ use fourfold::config::{Config, Family, GenerationConfig, LayerType, Scaling};
 use fourfold::device::{Limits, gpu};
 use fourfold::model::{Plan, WeightKind as Kind};
 use fourfold::tokenizer::{ChatFormat, Text};
-use fourfold::{DEFAULT_CHUNK, DEFAULT_CONTEXT, Error, HostStages, Result};
+use fourfold::{DEFAULT_CHUNK, DEFAULT_CONTEXT, Error, HostStages, MATRIX_CHUNK, Result};
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{self, Write};
 use std::path::PathBuf;
@@ -54,9 +54,9 @@ pub(super) struct Args {
     /// Tokens that a conversation shall hold [default: 4096, or what the model allows]
     #[arg(long, value_name = "TOKENS")]
     context: Option<usize>,
-    /// Most prompt tokens at once
-    #[arg(long, value_name = "TOKENS", default_value_t = DEFAULT_CHUNK)]
-    chunk: usize,
+    /// Most prompt tokens at once [default: 128; 1024 where `auto` takes a GPU with matrix units]
+    #[arg(long, value_name = "TOKENS")]
+    chunk: Option<usize>,
     /// How keys and values are kept
     #[arg(long, value_name = "FORMAT", default_value = "f32")]
     kv: KvArg,
@@ -77,8 +77,8 @@ pub(super) fn inspect(args: &Args) -> anyhow::Result<Ending> {
         Some(dir) => fourfold::synth::open(dir, mapping)?,
         None => fourfold::default_checkpoint()?,
     };
-    let mut report =
-        Report { checkpoint: &checkpoint, args, out: io::BufWriter::new(Patient(io::stdout().lock())), paint: paint() };
+    let out = io::BufWriter::new(Patient(io::stdout().lock()));
+    let mut report = Report { checkpoint: &checkpoint, args, adapters: gpu::list(), out, paint: paint() };
     let config = Config::open(&checkpoint);
     report.files()?;
     let (mut sound, mut planned) = (Ok(()), None);
@@ -151,6 +151,7 @@ type Planned = Result<(Plan, Ledger)>;
 struct Report<'a, W: Write> {
     checkpoint: &'a Checkpoint,
     args: &'a Args,
+    adapters: Vec<gpu::AdapterFacts>,
     out: W,
     paint: Paint,
 }
@@ -441,9 +442,11 @@ impl<W: Write> Report<'_, W> {
     fn plan(&self, c: &Config) -> Planned {
         let context = self.args.context.unwrap_or(DEFAULT_CONTEXT.min(c.max_position_embeddings));
         let clamp = |n: usize| u32::try_from(n).unwrap_or(u32::MAX);
+        let matrix = self.adapters.first().is_some_and(|first| gpu::is_hardware(first) && first.matrix);
+        let chunk = self.args.chunk.unwrap_or(if matrix { MATRIX_CHUNK } else { DEFAULT_CHUNK });
         let plan = Plan {
             context: clamp(context),
-            chunk: clamp(self.args.chunk.min(context)),
+            chunk: clamp(chunk.min(context)),
             paged: None,
             cache: self.args.kv.format(),
             host: HostStages::default(),
@@ -480,8 +483,8 @@ impl<W: Write> Report<'_, W> {
             ("the rest", format!("{} for activations of {chunk} tokens at once, and tables", bytes(rest))),
             ("together", format!("{} for one conversation", bytes(total))),
         ])?;
-        for adapter in gpu::list() {
-            let limits = ledger::limits(&adapter);
+        for adapter in &self.adapters {
+            let limits = ledger::limits(adapter);
             let fits = match Ledger::fill(self.checkpoint, c, &plan, limits) {
                 Ok(ledger) => ledger.splits(),
                 Err(e) => format!("does not fit: {e}"),

@@ -18,6 +18,8 @@ pub struct AdapterFacts {
     pub subgroup: (u32, u32),
     /// Whether shaders may compute in f16.
     pub f16: bool,
+    /// Whether prompts take its matrix units, unless they are told not to.
+    pub matrix: bool,
     /// Largest storage binding, in bytes.
     pub max_binding_bytes: u64,
     /// Largest buffer, in bytes.
@@ -54,10 +56,10 @@ pub(super) fn adapters() -> Vec<wgpu::Adapter> {
 
 /// Facts about every adapter, in the order in which `auto` prefers them.
 pub fn list() -> Vec<AdapterFacts> {
-    adapters().iter().map(|a| facts(&a.get_info(), a.features(), &a.limits())).collect()
+    adapters().iter().map(|a| facts(&a.get_info(), a.features(), &a.limits(), has_matrix_units(a))).collect()
 }
 
-pub(super) fn facts(info: &wgpu::AdapterInfo, features: Features, limits: &Limits) -> AdapterFacts {
+pub(super) fn facts(info: &wgpu::AdapterInfo, features: Features, limits: &Limits, matrix: bool) -> AdapterFacts {
     let subgroups = features.contains(Features::SUBGROUP);
     AdapterFacts {
         name: info.name.clone(),
@@ -66,6 +68,7 @@ pub(super) fn facts(info: &wgpu::AdapterInfo, features: Features, limits: &Limit
         driver: format!("{} {}", info.driver, info.driver_info).trim().to_owned(),
         subgroup: if subgroups { (info.subgroup_min_size, info.subgroup_max_size) } else { (0, 0) },
         f16: features.contains(Features::SHADER_F16),
+        matrix,
         max_binding_bytes: limits.max_storage_buffer_binding_size,
         max_buffer_bytes: limits.max_buffer_size,
         max_grid: limits.max_compute_workgroups_per_dimension,

@@ -140,7 +140,7 @@ impl Gpu {
         pipelines: Option<PathBuf>,
     ) -> Self {
         let cache = pipelines.and_then(|folder| Cache::open(&device, &folder));
-        let facts = adapter::facts(&device.adapter_info(), device.features(), &device.limits());
+        let facts = adapter::facts(&device.adapter_info(), device.features(), &device.limits(), matrix);
         let limits = Limits {
             max_binding_bytes: facts
                 .max_binding_bytes

@@ -213,8 +213,15 @@ impl Scheduler {
         ] {
             device.prepare(program)?;
         }
-        let decode = |reach| model.decode(options.sessions as u32, reach, false, Draws::Likeliest, &state);
-        device.prepare(&DecodePrograms::of_all_reaches(plan.context, decode))?;
+        let decode = |rows, reach| model.decode(rows, reach, false, Draws::Likeliest, &state);
+        let most = state.max_picks.min((options.sessions + options.drafts) as u32);
+        let mut all = DecodePrograms::of_all_reaches(plan.context, |reach| decode(options.sessions as u32, reach));
+        // Tiles change behind powers of two, if they do.
+        let counts = (0..u32::BITS).map(|i| 1 << i).flat_map(|rows: u32| [rows, rows.saturating_add(1)]);
+        for rows in counts.take_while(|rows| *rows <= most).chain([most]) {
+            all.launches.extend(decode(rows, 1).launches);
+        }
+        device.prepare(&all)?;
         Ok(Self {
             engine: engine.clone(),
             kv: Kv::new(sizes, options.share, state.tables()),
